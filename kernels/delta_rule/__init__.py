@@ -1,0 +1,87 @@
+"""Gated delta rule with its prediction (Gated DeltaNet, arXiv 2412.06464, eq. 10; HAM, arXiv 2603.22325).
+
+Per head, for log-decay g_t <= 0, alpha_t = exp(g_t) and write strength beta_t:
+
+    p_t = alpha_t S_{t-1} k_t        S_t = alpha_t S_{t-1} + beta_t (v_t - p_t) k_t^T        o_t = scale S_t q_t
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.delta_rule import chunked, naive
+from kernels.dispatch import choose
+from kernels.sequences import check_cu_seqlens
+
+BACKENDS = {"naive": naive.gated_delta_rule, "torch": chunked.gated_delta_rule}
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+    delta: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the recurrence over every sequence.
+
+    Args:
+        q, k: (B, T, H, K); normalise them beforehand, as the delta rule needs ||k|| <= 1 to be stable.
+        v: (B, T, HV, V), HV a multiple of H; value head h reads query and key head h // (HV // H).
+        g: (B, T, HV) log-decay, <= 0; None is no decay (DeltaNet).
+        beta: (B, T, HV) write strength in [0, 1]; None is 1.
+        scale: factor of the output; None is K ** -0.5.
+        initial_state: (N, HV, K, V); N is B, or the number of packed sequences; None is zeros.
+        cu_seqlens: (N + 1,) bounds of the sequences packed in the one row (B = 1).
+        backend: `naive`, `torch` or `auto`.
+        delta: False writes beta v, not beta (v - p): the additive rule of linear attention.
+
+    Returns:
+        o (B, T, HV, V) in the dtype of v; prediction (B, T, HV, V) and final_state (N, HV, K, V) in float32, or in
+        float64 where v is.
+
+    Raises:
+        ValueError: shapes that do not fit; a backend that does not exist or is not available.
+    """
+    run = choose("delta_rule", backend, BACKENDS, v.device)
+    _check(q, k, v, g, beta)
+    B, T, HV, V = v.shape
+    K = k.shape[-1]
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, B, T)
+    exact = torch.float64 if v.dtype == torch.float64 else torch.float32
+    groups = HV // k.shape[2]
+    if groups > 1:
+        q, k = q.repeat_interleave(groups, 2), k.repeat_interleave(groups, 2)
+    g = v.new_zeros(B, T, HV, dtype=exact) if g is None else g
+    beta = v.new_ones(B, T, HV, dtype=exact) if beta is None else beta
+    N = B if cu_seqlens is None else len(cu_seqlens) - 1
+    if initial_state is None:
+        initial_state = v.new_zeros(N, HV, K, V, dtype=exact)
+    elif initial_state.shape != (N, HV, K, V):
+        raise ValueError(f"initial_state must be {(N, HV, K, V)} (sequences, HV, K, V), got {tuple(initial_state.shape)}")
+    if T == 0:
+        return v, v.to(exact), initial_state.to(exact)
+    o, prediction, state = run(
+        *(x.to(exact) for x in (q, k, v, g, beta)),
+        scale=K**-0.5 if scale is None else scale,
+        initial_state=initial_state.to(exact),
+        cu_seqlens=cu_seqlens,
+        delta=delta,
+    )
+    return o.to(v.dtype), prediction, state
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> None:
+    B, T, HV = v.shape[:3]
+    if q.shape != k.shape or k.shape[:2] != (B, T):
+        raise ValueError(f"q, k (B, T, H, K) and v (B, T, HV, V) do not fit: {(*q.shape,)}, {(*k.shape,)}, {(*v.shape,)}")
+    if HV % k.shape[2]:
+        raise ValueError(f"the value heads ({HV}) must be a multiple of the key heads ({k.shape[2]})")
+    for name, x in (("g", g), ("beta", beta)):
+        if x is not None and x.shape != (B, T, HV):
+            raise ValueError(f"{name} must be {(B, T, HV)} (B, T, HV), got {tuple(x.shape)}")
