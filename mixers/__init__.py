@@ -19,7 +19,6 @@ _LAZY = {
     "set_kv_usage": "mixers.threshold",
     "share_threshold": "mixers.threshold",
     "Decoder": "mixers.backbone",
-    "swap_mixers": "mixers.swap",
 }
 
 __all__ = ["SpecError", "build_mixer", "list_mixers", "list_routers", "register_mixer", "register_router", *_LAZY]

@@ -160,8 +160,6 @@ class Registry:
             module = importlib.import_module(module_name)
         except ImportError as error:
             raise SpecError(f"{self.kind} {name!r}: cannot import {module_name!r}: {error}") from error
-        if name in self._registered:  # the import registered it
-            return self._registered[name]
         try:
             return operator.attrgetter(attribute)(module)
         except AttributeError:
@@ -204,23 +202,16 @@ def parse_spec(spec: str | Mapping[str, Any]) -> dict[str, Any]:
 def parse_pattern(pattern: str | Mapping[str, Any] | Iterable[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A pattern as a list of specs: "gdn*3,attention", one spec, or a list of such names and specs. Raises SpecError if
     it is empty or none of these."""
-    if isinstance(pattern, Mapping):
-        return [parse_spec(pattern)]
-    if isinstance(pattern, str):
-        return [spec for entry in pattern.split(",") for spec in _repeated(entry, pattern)]
-    if not isinstance(pattern, list | tuple) or not pattern:
+    entries = pattern.split(",") if isinstance(pattern, str) else [pattern] if isinstance(pattern, Mapping) else pattern
+    if not isinstance(entries, list | tuple) or not entries:
         raise SpecError(f"expected a pattern such as 'gdn*3,attention', or a list of specs; got {pattern!r}")
-    return [
-        spec
-        for entry in pattern
-        for spec in (_repeated(entry, entry) if isinstance(entry, str) else [parse_spec(entry)])
-    ]
+    return [spec for entry in entries for spec in (_repeated(entry) if isinstance(entry, str) else [parse_spec(entry)])]
 
 
-def _repeated(entry: str, pattern: str) -> list[dict[str, Any]]:
+def _repeated(entry: str) -> list[dict[str, Any]]:
     name, times, count = (part.strip() for part in entry.partition("*"))
     if not name or (times and not (count.isdecimal() and int(count) > 0)):
-        raise SpecError(f"expected a pattern such as 'gdn*3,attention'; got {pattern!r}")
+        raise SpecError(f"expected a name such as 'gdn', or 'gdn*3' to repeat it, in a pattern; got {entry!r}")
     return [parse_spec(name) for _ in range(int(count) if times else 1)]
 
 
