@@ -1,0 +1,1 @@
+"""LightningModules, DataModules, metrics and callbacks. Importing this package imports nothing heavy."""

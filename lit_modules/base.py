@@ -1,0 +1,180 @@
+"""What the LightningModules share: the decoder, the optimizer and its schedule, and the log of KV usage."""
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from mixers.backbone import Decoder, DecoderOutput
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from lit_modules.metrics import KVUsage
+from mixers.registry import MIXERS, SpecError, parse_pattern
+
+Spec = str | dict[str, Any]
+Pattern = str | dict[str, Any] | list[Spec]
+
+
+def with_options(mixer: Pattern, **options: Any) -> list[dict[str, Any]]:
+    """The pattern with each option that is not None set in every entry whose mixer takes it.
+
+    Raises:
+        SpecError: an option that no entry takes.
+    """
+    pattern = parse_pattern(mixer)
+    for option, value in options.items():
+        if value is None:
+            continue
+        takers = [spec for spec in pattern if option in MIXERS.options(spec["name"])]
+        if not takers:
+            names = ", ".join(dict.fromkeys(spec["name"] for spec in pattern))
+            raise SpecError(f"{option} {value!r} was given, but {names} takes no {option}; a mixer that does: ham")
+        for spec in takers:
+            spec[option] = value
+    return pattern
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two optimizer groups. Not decayed: vectors and scalars, embeddings (a tied head too), whatever is flagged
+    ``_no_weight_decay``. Frozen parameters are left out."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    decayed, free = [], []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        exempt = parameter.ndim < 2 or id(parameter) in embeddings or getattr(parameter, "_no_weight_decay", False)
+        (free if exempt else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+
+
+def schedule_factor(step: int, *, warmup_steps: int, total_steps: float, schedule: str, final: float) -> float:
+    """Learning rate at a step as a share of the peak: linear warm-up, then a cosine down to ``final`` or a constant."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if schedule == "constant" or math.isinf(total_steps):
+        return 1.0
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class SequenceModule(pl.LightningModule):
+    """A decoder in training. Subclasses say what is asked of it.
+
+    All arguments are plain data, so that a checkpoint loads with ``weights_only=True`` and without a recipe.
+
+    Args:
+        vocab_size: number of token ids.
+        dim: model width D.
+        depth: layers.
+        mixer: spec, or pattern of specs that is cycled over the depth (``"gdn*3,attention"``).
+        router: spec that replaces the router of every entry of ``mixer`` that has one.
+        kv_usage: stored tokens / tokens, 0..1; replaces that of every entry of ``mixer`` that has one.
+        mlp_ratio: width of the MLP / dim.
+        tie_embeddings: one matrix for the embedding and the head.
+        learning_rate: peak of the schedule.
+        weight_decay: of matrices; see :func:`parameter_groups`.
+        betas: of AdamW.
+        warmup_steps: steps of linear warm-up.
+        schedule: "cosine" or "constant" after the warm-up.
+        final_learning_rate: end of the cosine, as a share of the peak.
+
+    Raises:
+        SpecError: a spec, usage or schedule that does not hold.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        dim: int = 128,
+        depth: int = 4,
+        mixer: Pattern = "ham",
+        router: Spec | None = None,
+        kv_usage: float | None = None,
+        mlp_ratio: float = 2.0,
+        tie_embeddings: bool = True,
+        learning_rate: float = 3e-3,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.98),
+        warmup_steps: int = 20,
+        schedule: str = "cosine",
+        final_learning_rate: float = 0.1,
+    ):
+        super().__init__()
+        if kv_usage is not None and not 0 <= kv_usage <= 1:
+            raise SpecError(f"kv_usage {kv_usage} is outside its range 0..1")
+        if schedule not in ("cosine", "constant"):
+            raise SpecError(f"unknown schedule {schedule!r}; known: constant, cosine")
+        self.save_hyperparameters()
+        self.decoder = Decoder(
+            vocab_size,
+            dim=dim,
+            depth=depth,
+            mixer=with_options(mixer, router=router, kv_usage=kv_usage),
+            mlp_ratio=mlp_ratio,
+            tie_embeddings=tie_embeddings,
+        )
+        self.usage = KVUsage()
+        self.last_usage: dict[str, float] = {}
+
+    def decode(self, batch: dict[str, Tensor]) -> DecoderOutput:
+        """Runs the decoder on a batch, with its packing or padding."""
+        return self.decoder(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"), padding_mask=batch.get("padding_mask"))
+
+    # Logging
+
+    def log_step(self, **values: Tensor) -> None:
+        """Logs ``train/...`` values of this step; the batch size is given to spare Lightning the search for it."""
+        self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=1, prog_bar=True)
+
+    def log_usage(self, out: DecoderOutput, padding_mask: Tensor | None) -> None:
+        """Logs the KV usage of a training step, on the steps that are logged at all."""
+        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+            usage = KVUsage(sync_on_compute=False)
+            usage.update(out.routing, padding_mask)
+            self.log_dict({f"train/{k}": v for k, v in usage.compute().items() if "head" not in k}, batch_size=1)
+
+    def log_evaluation(self, metrics: MetricCollection, stage: str) -> None:
+        """At the end of an evaluation epoch: logs and resets all metrics; ``last_usage`` keeps the usage per head."""
+        usage = self.usage.compute()
+        self.last_usage = {name: value.item() for name, value in usage.items()}
+        values = metrics.compute() | {name: value for name, value in usage.items() if "head" not in name}
+        shown = {"loss", "bits_per_byte", "accuracy", "kv_usage"}
+        for name, value in values.items():
+            self.log(f"{stage}/{name}", value, prog_bar=name in shown)
+        metrics.reset()
+        self.usage.reset()
+
+    # Optimization
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        hparams = self.hparams
+        groups = parameter_groups(self, hparams.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=hparams.learning_rate, betas=tuple(hparams.betas))
+        total_steps = self.trainer.estimated_stepping_batches
+
+        def factor(step: int) -> float:
+            return schedule_factor(
+                step,
+                warmup_steps=hparams.warmup_steps,
+                total_steps=total_steps,
+                schedule=hparams.schedule,
+                final=hparams.final_learning_rate,
+            )
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # Checkpoints
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses the checkpoint of another model in one line, before torch lists every tensor that differs."""
+        theirs = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
+        ours = {name: tensor.shape for name, tensor in self.state_dict().items()}
+        if theirs == ours:
+            return
+        saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        keys = [k for k in ("mixer", "router", "dim", "depth", "vocab_size") if saved.get(k) != self.hparams.get(k)]
+        what = "; ".join(f"{k} is {saved.get(k)!r} there, {self.hparams.get(k)!r} here" for k in keys)
+        raise SpecError(f"the checkpoint is of another model: {what or 'its parameters differ'}")

@@ -1,0 +1,56 @@
+"""Loaders of ready-made batches: an endless, resumable one for training, a fixed one for evaluation."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+Batch = dict[str, Any]
+
+
+class BatchStream:
+    """Batches 0, 1, 2, ... made one by one as they are asked for; its whole state is the number of the next batch.
+
+    Lightning saves and restores that number (``state_dict``), so a run resumed in the middle of an epoch sees exactly
+    the batches that it would have seen. Lightning leaves a loader of this type alone under distributed strategies:
+    ``make`` has to give each rank its own batches.
+
+    Args:
+        make: batch number -> batch.
+        length: batches in what Lightning calls an epoch, at least 1; iterating again goes on with the next number.
+    """
+
+    def __init__(self, make: Callable[[int], Batch], *, length: int):
+        self.make = make
+        self.length = length
+        self.next = 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Batch]:
+        for _ in range(self.length):
+            number = self.next
+            self.next += 1
+            yield self.make(number)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.next = state["next"]
+
+
+class FixedBatches:
+    """The same batches every time, for evaluation: every ``world_size``-th one.
+
+    The order wraps around, so that all ranks get equally many, as collective operations need.
+    """
+
+    def __init__(self, batches: Sequence[Batch], *, rank: int = 0, world_size: int = 1):
+        count = -(-len(batches) // world_size)
+        self.batches = [batches[(rank + i * world_size) % len(batches)] for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)

@@ -1,0 +1,101 @@
+"""Next-token models: text and recall."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from lit_modules.base import SequenceModule
+from lit_modules.metrics import BitsPerByte, Perplexity
+
+IGNORED = -100
+BYTES = 256
+LOGITS_AT_ONCE = 2**26
+
+
+class LanguageModel(SequenceModule):
+    """A decoder trained to answer ``targets`` at every position where they are not -100.
+
+    Logs loss, perplexity and accuracy, and bits per byte where the vocabulary is the 256 bytes.
+
+    Args:
+        options: see :class:`lit_modules.base.SequenceModule`.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        vocab_size = self.hparams.vocab_size
+        metrics = {
+            "loss": MeanMetric(),
+            "perplexity": Perplexity(),
+            "accuracy": MulticlassAccuracy(vocab_size, average="micro", ignore_index=IGNORED, validate_args=False),
+        }
+        if vocab_size == BYTES:
+            metrics["bits_per_byte"] = BitsPerByte()
+        self.metrics = MetricCollection(metrics)
+
+    def forward(self, tokens: Tensor, **kwargs: Any) -> Tensor:
+        """Logits (B, T, vocab_size) of ``tokens`` (B, T); the keywords are the decoder's."""
+        return self.decoder.logits(self.decoder(tokens, **kwargs).hidden)
+
+    def token_loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and the model's answers.
+
+        With a large vocabulary, a chunk of tokens at a time, whose logits are computed again in the backward pass. This
+        works with every torch, under torch.compile and with any ``decoder.logits``; ``F.linear_cross_entropy`` (torch
+        2.13) saves the recomputation but none of these hold for it.
+
+        Args:
+            hidden: (B, T, D).
+            targets: (B, T) int64, -100 where nothing is asked.
+
+        Returns:
+            Mean loss in nats over the targets, float32 scalar (0 if there are none), and the likeliest token at each
+            position, (B, T) int64.
+        """
+        hidden_ND, targets_N = hidden.flatten(0, 1), targets.flatten()
+        rows = max(1, LOGITS_AT_ONCE // self.hparams.vocab_size)
+        chunks = list(zip(hidden_ND.split(rows), targets_N.split(rows), strict=True))
+        if len(chunks) == 1:
+            results = [self._chunk_loss(*chunks[0])]
+        else:
+            results = [checkpoint(self._chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
+        total = torch.stack([loss for loss, _ in results]).sum()
+        answers = torch.cat([answer for _, answer in results]).view_as(targets)
+        return total / (targets != IGNORED).sum().clamp(min=1), answers
+
+    def _chunk_loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.decoder.logits(hidden).float()
+        return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum"), logits.detach().argmax(-1)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        out = self.decode(batch)
+        loss, answers = self.token_loss(out.hidden, batch["targets"])
+        asked = batch["targets"] != IGNORED
+        accuracy = ((answers == batch["targets"]) & asked).sum() / asked.sum().clamp(min=1)
+        self.log_step(loss=loss.detach(), accuracy=accuracy)
+        self.log_usage(out, batch.get("padding_mask"))
+        return {"loss": loss + out.aux_loss, "accuracy": accuracy}
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        out = self.decode(batch)
+        targets = batch["targets"]
+        loss, answers = self.token_loss(out.hidden, targets)
+        self.metrics.update(value=loss, weight=(targets != IGNORED).sum(), preds=answers, target=targets)
+        self.usage.update(out.routing, batch.get("padding_mask"))
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_evaluation(self.metrics, "val")
+
+    def on_test_epoch_end(self) -> None:
+        self.log_evaluation(self.metrics, "test")
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The likeliest next token at each position, (B, T) int64."""
+        return self.token_loss(self.decode(batch).hidden, batch["targets"])[1]

@@ -1,0 +1,73 @@
+"""torchmetrics that torchmetrics does not have: bits per byte, perplexity from a known loss, and KV usage."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric, Metric
+
+
+class BitsPerByte(MeanMetric):
+    """Mean loss in bits; for a model whose tokens are bytes. ``update(value, weight)``: mean nats, number of bytes."""
+
+    def compute(self) -> Tensor:
+        return super().compute() / math.log(2)
+
+
+class Perplexity(MeanMetric):
+    """exp of the mean loss. ``update(value, weight)``: mean nats, number of tokens.
+
+    ``torchmetrics.text.Perplexity`` wants the logits and would compute the loss a second time.
+    """
+
+    def compute(self) -> Tensor:
+        return super().compute().exp()
+
+
+class KVUsage(Metric):
+    """Stored tokens / tokens, pooled by counts over batches and ranks; padding does not count.
+
+    ``compute()`` returns scalars by name: ``kv_usage`` over all heads of all layers that route, ``kv_usage/layer{i}``
+    and ``kv_usage/layer{i}/head{h}``; an empty dict if no layer routes.
+    """
+
+    full_state_update = False
+    higher_is_better = None
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.layers: dict[int, str] = {}
+        self.add_state("tokens", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, routing: Sequence[Any], padding_mask: Tensor | None = None) -> None:
+        """Counts one batch.
+
+        Args:
+            routing: per layer, what the mixer routed (its ``stored`` is (B, T, H) bool) or None.
+            padding_mask: (B, T) bool, True at real tokens.
+        """
+        for layer, routed in enumerate(routing):
+            if routed is None:
+                continue
+            stored = routed.stored
+            real = torch.ones_like(stored[..., 0]) if padding_mask is None else padding_mask
+            if layer not in self.layers:  # the number of heads is known only now
+                self.layers[layer] = f"stored{layer}"
+                zeros = torch.zeros(stored.shape[-1], dtype=torch.long, device=stored.device)
+                self.add_state(self.layers[layer], zeros, dist_reduce_fx="sum")
+            count = (stored & real[..., None]).sum((0, 1))
+            setattr(self, self.layers[layer], getattr(self, self.layers[layer]) + count)
+        if any(routed is not None for routed in routing):
+            self.tokens += real.sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        usage = {layer: getattr(self, state) / self.tokens for layer, state in self.layers.items()}
+        if not usage:
+            return {}
+        named = {"kv_usage": torch.cat(list(usage.values())).mean()}
+        for layer, heads in usage.items():
+            named[f"kv_usage/layer{layer}"] = heads.mean()
+            named |= {f"kv_usage/layer{layer}/head{head}": value for head, value in enumerate(heads)}
+        return named
