@@ -1,23 +1,24 @@
 """The gated delta rule in chunks: matrix products within a chunk, one small product per chunk from state to state.
 
-Within a chunk of C tokens that starts from state S, with b_i = g_1 + ... + g_i and D_ij = exp(b_i - b_j) for i >= j:
+Within a chunk of C tokens that starts from state S, with b_i = g_1 + ... + g_i, decays f = e^b (from the start) and
+e = e^(b_C - b) (to the end), and D_ij = e^(b_i - b_j) for i >= j:
 
-    prediction  P = e^b K S + strict(K K^T * D) U
-    write       U = beta (V - P)       =>  (I + beta strict(K K^T * D)) U = beta (V - e^b K S)
-    output      O = e^b Q S + (Q K^T * D) U
-    next state  S' = e^(b_C) S + (e^(b_C - b) K)^T U  =  M S + N
+    A = strict(K K^T * D)        Qm = Q K^T * D
+    prediction  P  = f K S + A U
+    write       U  = beta (V - P)             =>  U = X beta (V - f K S),  X = (I + beta A)^-1
+    output      O  = f Q S + Qm U
+    next state  S' = f_C S + (e K)^T U        =   M S + N,  M = f_C - (e K)^T X beta f K,  N = (e K)^T X beta V
 
-The triangular inverse X gives U = X beta V - W S with W = X beta e^b K, so that M = e^(b_C) - Kd^T W and N = Kd^T X beta V
-need no state: all chunks are prepared at once and only S' = M S + N runs in order (`_Scan`). The inverse is a
+M and N need no state, so all chunks are prepared at once and only S' = M S + N runs in order. The backward pass has the
+same shape: with W = dL/dU = X^T (Qm^T dO + A^T dP + e K dS'), the gradients of the states run in order with M^T. X is a
 substitution, never a Neumann series, which diverges for correlated keys.
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from kernels.sequences import lengths_of
+from kernels.delta_rule.layout import chunk_layout
 
 
 def gated_delta_rule(
@@ -34,116 +35,126 @@ def gated_delta_rule(
     chunk_size: int = 16,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes as in `kernels.delta_rule.gated_delta_rule`, q and k with as many heads as v; float32 or float64."""
-    split, join, sizes, order = _chunks(v, cu_seqlens, chunk_size)
-    q, k, v, g, beta = (split(x) for x in (q, k, v, g, beta))  # (chunks * H, C, ...), time-major
-    q = q * scale
-    C, K = k.shape[1:]
-
-    # b in double: after a reset (g very negative) the small decays that follow would drown in float32
-    b = g.double().cumsum(-1)
-    lower = torch.ones(C, C, dtype=torch.bool, device=g.device).tril()
-    D = (b[:, :, None] - b[:, None, :]).to(g.dtype).masked_fill(~lower, -torch.inf).exp()
-    from_start = b.to(g.dtype).exp()[..., None]
-    to_end = (b[:, -1:] - b).to(g.dtype).exp()[..., None]
-    whole = from_start[:, -1:]  # e^(b_C)
-
-    KK, QK = (torch.cat([k, q], 1) @ k.mT).split(C, 1)
-    KK, QK = (KK * D).tril(-1), QK * D
-    eye = torch.eye(C, dtype=k.dtype, device=k.device)
-    k_start, q_start, k_end = k * from_start, q * from_start, k * to_end
-    if delta:
-        X = torch.linalg.solve_triangular(eye + beta[..., None] * KK, eye, upper=False, unitriangular=True)
-        X = X * beta[:, None, :]
-        U0, W = (X @ torch.cat([v, k_start], -1)).split([v.shape[-1], K], -1)
-        NM = k_end.mT @ torch.cat([U0, -W], -1)
-        N, M = NM[..., : v.shape[-1]], NM[..., v.shape[-1] :]
-        M = M + whole * torch.eye(K, dtype=k.dtype, device=k.device)
-    else:
-        U0, W = beta[..., None] * v, None
-        N, M = k_end.mT @ U0, whole * torch.eye(K, dtype=k.dtype, device=k.device)
-
-    heads = initial_state.shape[1]
-    starts, final = _Scan.apply(M, N, initial_state[order].flatten(0, 1), [n * heads for n in sizes])
-    if delta:
-        KS, QS, WS = (torch.cat([k_start, q_start, W], 1) @ starts).split(C, 1)
-        U = U0 - WS
-    else:
-        KS, QS = (torch.cat([k_start, q_start], 1) @ starts).split(C, 1)
-        U = U0
-    PU, OU = (torch.cat([KK, QK], 1) @ U).split(C, 1)
-    final = final.unflatten(0, (-1, heads))[torch.argsort(order)]
-    return join(QS + OU), join(KS + PU), final
+    split, join, sizes, order = chunk_layout(v, cu_seqlens, chunk_size)
+    heads = v.shape[2]
+    state = initial_state if order is None else initial_state[order]
+    o, p, state = _Chunks.apply(
+        *(split(x) for x in (q * scale if scale != 1 else q, k, v, g, beta)),
+        state.flatten(0, 1),
+        [n * heads for n in sizes],
+        delta,
+    )
+    state = state.unflatten(0, (-1, heads))
+    return join(o), join(p), state if order is None else state[torch.argsort(order)]
 
 
-class _Scan(torch.autograd.Function):
-    """S_{n+1} = M_n S_n + N_n along the chunks of many sequences at once.
-
-    Chunks are time-major with the longest sequence first, so that step n works on the first `sizes[n]` rows alone.
-    """
+class _Chunks(torch.autograd.Function):
+    """q, k (chunks * H, C, K), v (chunks * H, C, V), g and beta (chunks * H, C), state (N * H, K, V) -> O, P, state."""
 
     @staticmethod
-    def forward(ctx, M: Tensor, N: Tensor, state: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
-        state = state.clone()
-        starts = torch.empty_like(N)
-        for m, n, start in zip(M.split(sizes), N.split(sizes), starts.split(sizes), strict=True):
-            live = state[: len(m)]
-            start.copy_(live)
-            torch.baddbmm(n, m, start, out=live)
-        ctx.save_for_backward(M, starts)
-        ctx.sizes = sizes
-        return starts, state
+    def forward(ctx, q, k, v, g, beta, state, sizes, delta):
+        C, K = k.shape[1:]
+        D, f, e = _decays(g)
+        beta = beta[..., None]
+        KK, QK = (torch.cat([k, q], 1) @ k.mT).split(C, 1)
+        A, Qm = (KK * D).tril_(-1), QK * D
+        fk, fq, ek = k * f, q * f, k * e
+        eye = torch.eye(C, dtype=k.dtype, device=k.device)
+        M = f[:, -1:] * torch.eye(K, dtype=k.dtype, device=k.device)
+        if delta:
+            X = torch.linalg.solve_triangular(torch.baddbmm(eye, torch.diag_embed(beta[..., 0]), A), eye, upper=False)
+            XV, XK = (X @ torch.cat([v, fk], -1).mul_(beta)).split([v.shape[-1], K], -1)
+            M, N = M.baddbmm_(ek.mT, XK, alpha=-1), ek.mT @ XV
+        else:
+            X, XV = None, beta * v
+            N = ek.mT @ XV
+        starts, final = _scan(M, N, state, sizes)
+        if delta:
+            FK, O, XKS = (torch.cat([fk, fq, XK], 1) @ starts).split(C, 1)
+            U = XV - XKS
+        else:
+            FK, O = (torch.cat([fk, fq], 1) @ starts).split(C, 1)
+            U = XV
+        P, O = torch.baddbmm(FK, A, U), torch.baddbmm(O, Qm, U)
+        ctx.save_for_backward(q, k, v, beta, D, f, e, A, Qm, X, M, starts, U, P)
+        ctx.sizes, ctx.delta, ctx.state_shape = sizes, delta, state.shape
+        ctx.set_materialize_grads(False)
+        return O, P, final
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_starts: Tensor, d_state: Tensor):
-        M, starts = ctx.saved_tensors
-        d_state = d_state.clone()
-        dN = torch.empty_like(starts)
-        steps = zip(M.split(ctx.sizes), d_starts.split(ctx.sizes), dN.split(ctx.sizes), strict=True)
-        for m, d_start, d_n in reversed(list(steps)):
-            live = d_state[: len(m)]
-            d_n.copy_(live)
-            torch.baddbmm(d_start, m.mT, d_n, out=live)
-        return dN @ starts.mT, dN, d_state, None
+    def backward(ctx, dO, dP, d_final):
+        q, k, v, beta, D, f, e, A, Qm, X, M, starts, U, P = ctx.saved_tensors
+        C = k.shape[1]
+        dO = torch.zeros_like(v) if dO is None else dO
+        if d_final is None:
+            d_final = v.new_zeros(ctx.state_shape)
+        fk, fq, ek = k * f, q * f, k * e
+
+        W = Qm.mT @ dO  # what dL/dU is made of, less the part that comes through the next state
+        if dP is not None:
+            W.baddbmm_(A.mT, dP)
+        if ctx.delta:
+            W = X.mT @ W
+            toP = -beta * W if dP is None else torch.addcmul(dP, beta, W, value=-1)
+        else:
+            toP = dP
+        dN = fq.mT @ dO
+        if toP is not None:
+            dN.baddbmm_(fk.mT, toP)
+        d_next, d_state = _scan_back(M, dN, d_final, ctx.sizes)
+        late = ek @ d_next
+        W = torch.baddbmm(W, X.mT, late) if ctx.delta else W + late
+        if ctx.delta:
+            toP = -beta * W if dP is None else torch.addcmul(dP, beta, W, value=-1)
+        elif toP is None:
+            toP = torch.zeros_like(v)
+
+        to = torch.cat([toP, dO], 1)
+        dA, dQm = (to @ U.mT).split(C, 1)
+        dKS, dQS = (to @ starts.mT).split(C, 1)
+        dA, dQm = dA.tril(-1), dQm.tril()
+        dKS, dQS, dKE = dKS * f, dQS * f, (U @ d_next.mT).mul_(e)
+        KKK, QKK = dA * D, dQm * D
+        dk = torch.baddbmm(dKS + dKE, KKK + KKK.mT, k).baddbmm_(QKK.mT, q)
+        dq = torch.baddbmm(dQS, QKK, k)
+        dv = beta * W
+        d_beta = (W * (v - P if ctx.delta else v)).sum(-1)
+
+        through_D = dA.mul_(A).add_(dQm.mul_(Qm))
+        to_end = (k * dKE).sum(-1)
+        db = (k * dKS).sum(-1) + (q * dQS).sum(-1) + through_D.sum(2) - through_D.sum(1) - to_end
+        db[:, -1] += to_end.sum(-1) + f[:, -1, 0] * (starts * d_next).sum((1, 2))
+        dg = db.flip(1).cumsum(1).flip(1)
+        return dq, dk, dv, dg, d_beta, d_state, None, None
 
 
-def _chunks(v: Tensor, cu_seqlens: Tensor | None, C: int):
-    """How tokens become chunks: (split, join, chunks at each step, order of the sequences: longest first).
+def _decays(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """D (., C, C), f and e (., C, 1). b is summed in double: after a reset (g very negative) float32 would lose the
+    small decays that follow."""
+    b = g.double().cumsum(-1)
+    D = (b[:, :, None] - b[:, None, :]).to(g.dtype)
+    D = D.masked_fill_(torch.ones_like(D[0], dtype=torch.bool).triu(1), -torch.inf).exp_()
+    return D, b.exp().to(g.dtype)[..., None], D[:, -1, :, None]
 
-    `split` maps (B, T, H, ...) to (chunks * H, C, ...), time-major, short chunks filled with zeros: a zero key, value,
-    write strength and log-decay leave the state as it is. `join` is its inverse.
+
+def _scan(M: Tensor, N: Tensor, state: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+    """States at the start of every chunk, and the last ones, of S' = M S + N.
+
+    Chunks are time-major with the longest sequence first, so that step n works on the first `sizes[n]` rows alone.
     """
-    B, T, H = v.shape[:3]
-    if cu_seqlens is None:
-        steps = -(-T // C)
+    state, starts = state.clone(), torch.empty_like(N)
+    for m, n, start in zip(M.split(sizes), N.split(sizes), starts.split(sizes), strict=True):
+        start.copy_(state[: len(m)])
+        torch.baddbmm(n, m, start, out=state[: len(m)])
+    return starts, state
 
-        def split(x: Tensor) -> Tensor:
-            x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, steps * C - T))
-            return x.unflatten(1, (steps, C)).transpose(0, 1).transpose(2, 3).flatten(0, 2)
 
-        def join(x: Tensor) -> Tensor:
-            x = x.unflatten(0, (steps, B, H)).transpose(2, 3).transpose(0, 1).flatten(1, 2)
-            return x[:, :T]
-
-        return split, join, [B] * steps, torch.arange(B, device=v.device)
-
-    lengths, order = lengths_of(cu_seqlens).sort(descending=True, stable=True)
-    chunks = -(-lengths // C)
-    steps = int(chunks.max())
-    live = torch.arange(steps, device=v.device)[:, None] < chunks  # (steps, N): which sequences have a chunk n
-    offset = (torch.arange(steps, device=v.device)[:, None] * C).expand_as(live)[live]
-    sequence = torch.arange(len(lengths), device=v.device).expand_as(live)[live]
-    within = offset[:, None] + torch.arange(C, device=v.device)  # (chunks, C)
-    real = within < lengths[sequence, None]
-    index = torch.where(real, cu_seqlens.long()[order][sequence, None] + within, T)  # T: a row of zeros
-    back = torch.empty(T, dtype=torch.long, device=v.device)
-    back[index[real]] = torch.arange(index.numel(), device=v.device)[real.flatten()]
-
-    def split(x: Tensor) -> Tensor:
-        x = F.pad(x[0], (0, 0) * (x.dim() - 2) + (0, 1))
-        return x[index].transpose(1, 2).flatten(0, 1)
-
-    def join(x: Tensor) -> Tensor:
-        return x.unflatten(0, (-1, H)).transpose(1, 2).flatten(0, 1)[back][None]
-
-    return split, join, live.sum(1).tolist(), order
+def _scan_back(M: Tensor, dN: Tensor, d_state: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+    """The same from the end: gradients of every chunk's next state, and of the initial ones."""
+    d_state, d_next = d_state.clone(), torch.empty_like(dN)
+    steps = list(zip(M.split(sizes), dN.split(sizes), d_next.split(sizes), strict=True))
+    for m, d_n, d_after in reversed(steps):
+        d_after.copy_(d_state[: len(m)])
+        torch.baddbmm(d_n, m.mT, d_after, out=d_state[: len(m)])
+    return d_next, d_state

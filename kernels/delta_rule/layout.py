@@ -1,0 +1,58 @@
+"""How the tokens of a batch, dense or packed, become chunks."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.sequences import lengths_of
+
+
+def chunk_layout(
+    v: Tensor, cu_seqlens: Tensor | None, C: int
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], list[int], Tensor | None]:
+    """(split, join, sizes, order) for tensors shaped like v (B, T, H, ...).
+
+    `split` maps (B, T, H, ...) to (chunks * H, C, ...), time-major, short chunks filled with zeros: a zero key, value,
+    write strength and log-decay leave the state as it is. `join` is its inverse. `sizes` counts the chunks of every
+    step; `order` lists the sequences, longest first (None: as they are).
+    """
+    return _dense(v, C) if cu_seqlens is None else _packed(v, cu_seqlens, C)
+
+
+def _dense(v: Tensor, C: int):
+    B, T, H = v.shape[:3]
+    steps = -(-T // C)
+
+    def split(x: Tensor) -> Tensor:
+        if T % C:
+            x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, steps * C - T))
+        return x.unflatten(1, (steps, C)).transpose(0, 1).transpose(2, 3).flatten(0, 2)
+
+    def join(x: Tensor) -> Tensor:
+        return x.unflatten(0, (steps, B, H)).transpose(2, 3).transpose(0, 1).flatten(1, 2)[:, :T]
+
+    return split, join, [B] * steps, None
+
+
+def _packed(v: Tensor, cu_seqlens: Tensor, C: int):
+    T, H = v.shape[1:3]
+    lengths, order = lengths_of(cu_seqlens).sort(descending=True, stable=True)
+    step = torch.arange(int(lengths.max() + C - 1) // C, device=v.device)[:, None]
+    live = step * C < lengths  # (steps, N): which sequences have a chunk of that step
+    sequence = torch.arange(len(lengths), device=v.device).expand_as(live)[live]
+    within = step.expand_as(live)[live][:, None] * C + torch.arange(C, device=v.device)  # (chunks, C)
+    real = within < lengths[sequence, None]
+    index = torch.where(real, cu_seqlens.long()[order][sequence, None] + within, T)  # T: a row of zeros
+    back = torch.empty(T, dtype=torch.long, device=v.device)
+    back[index[real]] = torch.arange(index.numel(), device=v.device)[real.flatten()]
+
+    def split(x: Tensor) -> Tensor:
+        x = F.pad(x[0], (0, 0) * (x.dim() - 2) + (0, 1))
+        return x[index].transpose(1, 2).flatten(0, 1)
+
+    def join(x: Tensor) -> Tensor:
+        return x.unflatten(0, (-1, H)).transpose(1, 2).flatten(0, 1)[back][None]
+
+    return split, join, live.sum(1).tolist(), order
