@@ -5,11 +5,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from mixers.backbone import Decoder, DecoderOutput
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lit_modules.metrics import KVUsage
+from mixers.backbone import Decoder, DecoderOutput
 from mixers.registry import MIXERS, SpecError, parse_pattern
 
 Spec = str | dict[str, Any]
