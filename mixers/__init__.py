@@ -4,6 +4,9 @@ The names below are imported when they are first used, so that `from mixers impo
 """
 
 import importlib
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Any
 
 from mixers.registry import SpecError, build_mixer, list_mixers, list_routers, register_mixer, register_router
@@ -22,6 +25,19 @@ _LAZY = {
 }
 
 __all__ = ["SpecError", "build_mixer", "list_mixers", "list_routers", "register_mixer", "register_router", *_LAZY]
+
+
+class _KernelsBesideUs:
+    """Finds `kernels.<operation>` where Hugging Face's `kernels` is first on the path or was imported before ours."""
+
+    folder = str(Path(__file__).parents[1] / "kernels")
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
+        return PathFinder.find_spec(name, [cls.folder]) if name.rpartition(".")[0] == "kernels" else None
+
+
+sys.meta_path.append(_KernelsBesideUs)
 
 
 def __getattr__(name: str) -> Any:
