@@ -1,0 +1,60 @@
+"""Softmax attention that sees the stored tokens alone (the attention side of HAM, arXiv 2603.22325).
+
+    o_t = sum_j softmax_j(scale q_t.k_j + bias_j) v_j      over j <= t, of the same sequence, with stored_j or t - j < window
+
+and o_t = 0 exactly where that set is empty.
+"""
+
+from torch import Tensor
+
+from kernels.dispatch import choose
+from kernels.routed_attention import gathered, naive
+from kernels.sequences import check_cu_seqlens
+
+BACKENDS = {"naive": naive.routed_attention, "torch": gathered.routed_attention}
+
+
+def routed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stored: Tensor,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    window: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """Attend from every token to the tokens stored so far.
+
+    Args:
+        q: (B, T, H, K).
+        k, v: (B, T, H_kv, K or V), H a multiple of H_kv; query head h reads key head h // (H // H_kv).
+        stored: (B, T, H_kv) bool.
+        bias: (B, T, H_kv), added to the logits of a key.
+        scale: factor of q.k; None is K ** -0.5.
+        cu_seqlens: (N + 1,) bounds of the sequences packed in the one row (B = 1).
+        window: the last `window` tokens, the query's own included, are seen whether they are stored or not.
+        backend: `naive`, `torch` or `auto`.
+
+    Returns:
+        (B, T, H, V) in the dtype of v.
+
+    Raises:
+        ValueError: shapes that do not fit; a backend that does not exist or is not available.
+    """
+    run = choose("routed_attention", backend, BACKENDS, v.device)
+    B, T, heads = k.shape[:3]
+    if q.shape[:2] != (B, T) or v.shape[:3] != (B, T, heads) or q.shape[3] != k.shape[3] or q.shape[2] % heads:
+        raise ValueError(f"q, k and v do not fit: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    for name, x in (("stored", stored), ("bias", bias)):
+        if x is not None and x.shape != (B, T, heads):
+            raise ValueError(f"{name} must be {(B, T, heads)} (B, T, H_kv), got {tuple(x.shape)}")
+    if window < 0:
+        raise ValueError(f"window must not be negative, got {window}")
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, B, T)
+    if T == 0:
+        return v.new_zeros(B, 0, q.shape[2], v.shape[3])
+    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    return run(q, k, v, stored, bias, scale=scale, cu_seqlens=cu_seqlens, window=window).to(v.dtype)

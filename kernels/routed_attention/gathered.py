@@ -1,0 +1,115 @@
+"""Attention over stored tokens by gathering them: the cost follows what is stored, not the length.
+
+Rows (one per sequence and key head) are sorted by how much they store and taken in groups of like size, so that one
+full head beside empty ones costs what it stores and no more. Within a group, blocks of queries read only the stored
+keys that some query of the block may see.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.sequences import pad_packed, real_tokens, unpad
+
+DENSE_BELOW = 512  # shorter sequences are cheaper as one masked product than as many small gathered ones
+QUERY_BLOCK = 512
+LIKE_SIZE = 1.25  # rows that store up to this many times fewer tokens than the fullest of a group join it
+
+
+def routed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stored: Tensor,
+    bias: Tensor | None,
+    *,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    window: int,
+) -> Tensor:
+    """Shapes as in `kernels.routed_attention.routed_attention`; any dtype that scaled_dot_product_attention takes."""
+    if cu_seqlens is not None:
+        real = real_tokens(cu_seqlens)
+        q, k, v, stored = (pad_packed(x, real) for x in (q, k, v, stored))
+        bias = None if bias is None else pad_packed(bias, real)
+        return unpad(routed_attention(q, k, v, stored, bias, scale=scale, cu_seqlens=None, window=window), real)
+    T = q.shape[1]
+    q = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4)  # (B, H_kv, groups, T, K)
+    k, v, stored = (x.transpose(1, 2) for x in (k, v, stored))  # (B, H_kv, T, ...)
+    bias = None if bias is None else bias.transpose(1, 2)
+    # a window makes every key near some query visible, stored or not: gathering would save little
+    attend = _masked if window or T <= DENSE_BELOW else _gathered
+    o = attend(q, k, v, stored, bias, scale, window)
+    return o.permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """Softmax attention of q (R, groups, T, K) over k, v (R, M, .), rows R; `seen` (R or 1, T, M); -> (R, groups, T, V).
+
+    A query that sees nothing reads exact zeros with finite gradients: it sees one extra key, whose value is zero.
+    """
+    seen = seen.expand(len(q), -1, -1)
+    nothing = ~seen.any(-1, keepdim=True)
+    seen = torch.cat([nothing, seen], -1)[:, None]
+    k, v = (F.pad(x, (0, 0, 1, 0))[:, None].expand(-1, q.shape[1], -1, -1) for x in (k, v))
+    if bias is not None:
+        zero = torch.zeros((), dtype=q.dtype, device=q.device)
+        bias = F.pad(bias.to(q.dtype), (1, 0))[:, None, None, :]
+        seen = torch.where(seen, zero, -torch.inf) + bias
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+
+
+def _masked(q, k, v, stored, bias, scale, window):
+    """All keys, those that are not stored masked out."""
+    token = torch.arange(q.shape[3], device=q.device)
+    behind = token[:, None] - token
+    seen = (stored[:, :, None, :] | (behind < window)) & (behind >= 0)
+    rows = (x.flatten(0, 1) for x in (q, k, v, seen))
+    o = attend(*rows, None if bias is None else bias.flatten(0, 1), scale)
+    return o.unflatten(0, q.shape[:2])
+
+
+def _gathered(q, k, v, stored, bias, scale, _window):
+    """Stored keys only, row by row of like size."""
+    shape, T = q.shape[:2], q.shape[3]
+    q, k, v, stored = (x.flatten(0, 1) for x in (q, k, v, stored))
+    bias = None if bias is None else bias.flatten(0, 1)
+    counts, order = stored.sum(1).sort(descending=True)
+    outputs = []
+    for rows in order.split(_like_sizes(counts.tolist())):
+        some_bias = None if bias is None else bias[rows]
+        outputs.append(_one_group(q[rows], k[rows], v[rows], stored[rows], some_bias, scale))
+    return torch.cat(outputs)[torch.argsort(order)].unflatten(0, shape)
+
+
+def _like_sizes(counts: list[int]) -> list[int]:
+    """Lengths of the runs of like counts in a descending list."""
+    sizes, first = [], None
+    for count in counts:
+        if first is not None and count * LIKE_SIZE + 16 >= first:
+            sizes[-1] += 1
+        else:
+            sizes.append(1)
+            first = count
+    return sizes
+
+
+def _one_group(q, k, v, stored, bias, scale):
+    """Rows (R, ...) that store about as much."""
+    T = stored.shape[1]
+    most = int(stored.sum(1).max())
+    # ranks to positions: a stable sort brings the stored tokens to the front, in order; what is past the count is never
+    # visible, as its position is set past the end
+    index = (~stored).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+    position = torch.where(torch.gather(stored, 1, index), index, T)
+    k, v = (torch.gather(x, 1, index[..., None].expand(-1, -1, x.shape[-1])) for x in (k, v))
+    bias = None if bias is None else torch.gather(bias, 1, index)
+    visible_at = stored.cumsum(1).amax(0).tolist()  # the most keys that some row shows to query t
+    blocks = []
+    for start in range(0, T, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, T)
+        m = visible_at[stop - 1]
+        seen = position[:, None, :m] <= torch.arange(start, stop, device=q.device)[:, None]
+        some_bias = None if bias is None else bias[:, :m]
+        blocks.append(attend(q[:, :, start:stop], k[:, :m], v[:, :m], seen, some_bias, scale))
+    return torch.cat(blocks, 2)
