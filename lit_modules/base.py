@@ -115,6 +115,7 @@ class SequenceModule(pl.LightningModule):
             mlp_ratio=mlp_ratio,
             tie_embeddings=tie_embeddings,
         )
+        self.metrics: MetricCollection  # a subclass's own, of an evaluation
         self.usage = KVUsage()
         self.last_usage: dict[str, float] = {}
 
@@ -135,16 +136,34 @@ class SequenceModule(pl.LightningModule):
             usage.update(out.routing, padding_mask)
             self.log_dict({f"train/{k}": v for k, v in usage.compute().items() if "head" not in k}, batch_size=1)
 
-    def log_evaluation(self, metrics: MetricCollection, stage: str) -> None:
+    def log_metrics(self, stage: str) -> None:
         """At the end of an evaluation epoch: logs and resets all metrics; ``last_usage`` keeps the usage per head."""
         usage = self.usage.compute()
         self.last_usage = {name: value.item() for name, value in usage.items()}
-        values = metrics.compute() | {name: value for name, value in usage.items() if "head" not in name}
+        values = self.metrics.compute() | {name: value for name, value in usage.items() if "head" not in name}
         shown = {"loss", "bits_per_byte", "accuracy", "kv_usage"}
         for name, value in values.items():
             self.log(f"{stage}/{name}", value, prog_bar=name in shown)
-        metrics.reset()
+        self.metrics.reset()
         self.usage.reset()
+
+    # Evaluation
+
+    def evaluation_step(self, batch: dict[str, Tensor]) -> None:
+        """Updates ``metrics`` and ``usage`` with one batch."""
+        raise NotImplementedError
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.evaluation_step(batch)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.evaluation_step(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        self.log_metrics("test")
 
     # Optimization
 

@@ -81,20 +81,12 @@ class LanguageModel(SequenceModule):
         self.log_usage(out, batch.get("padding_mask"))
         return {"loss": loss + out.aux_loss, "accuracy": accuracy}
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def evaluation_step(self, batch: dict[str, Tensor]) -> None:
         out = self.decode(batch)
         targets = batch["targets"]
         loss, answers = self.token_loss(out.hidden, targets)
         self.metrics.update(value=loss, weight=(targets != IGNORED).sum(), preds=answers, target=targets)
         self.usage.update(out.routing, batch.get("padding_mask"))
-
-    test_step = validation_step
-
-    def on_validation_epoch_end(self) -> None:
-        self.log_evaluation(self.metrics, "val")
-
-    def on_test_epoch_end(self) -> None:
-        self.log_evaluation(self.metrics, "test")
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The likeliest next token at each position, (B, T) int64."""

@@ -1,0 +1,152 @@
+"""Bytes of text, packed: by default the Python standard library's sources, which every machine has."""
+
+from functools import lru_cache
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_modules.data.files import find_files, read_texts, split_texts
+from lit_modules.data.stream import Batch, BatchStream, FixedBatches
+from mixers.registry import SpecError
+
+IGNORED = -100
+
+
+class PackedRows:
+    """Texts cut into pieces, and the pieces laid end to end into rows of equal length, in an order by seed and epoch.
+
+    A row is a pure function of (epoch, row), found by bisection: nothing has to be replayed to resume. A piece that
+    meets the end of a row goes on in the next row as a piece of its own. The last byte of a text is only a target, its
+    first is only an input.
+
+    Args:
+        texts: at least two bytes each.
+        seq_len: longest piece, in tokens.
+        row_tokens: tokens per row, or all there are if that is less.
+        seed: of the order.
+    """
+
+    def __init__(self, texts: list[bytes], *, seq_len: int, row_tokens: int, seed: int):
+        self.bytes = np.frombuffer(b"".join(texts), dtype=np.uint8)
+        ends = np.cumsum([len(text) for text in texts])
+        pieces = [np.arange(end - len(text), end - 1, seq_len) for text, end in zip(texts, ends, strict=True)]
+        self.starts = np.concatenate(pieces)
+        lasts = np.repeat(ends - 1, [len(piece) for piece in pieces])
+        self.lengths = np.minimum(seq_len, lasts - self.starts)
+        self.num_tokens = int(self.lengths.sum())
+        self.row_tokens = min(row_tokens, self.num_tokens)
+        self.num_rows = self.num_tokens // self.row_tokens
+        self.seed = seed
+        self.order = lru_cache(maxsize=2)(self.order)  # a row needs its epoch's order only
+
+    def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The pieces of an epoch in order, and where each begins when they are laid end to end."""
+        pieces = np.random.default_rng([self.seed, epoch]).permutation(len(self.starts))
+        return pieces, np.concatenate([[0], np.cumsum(self.lengths[pieces])])
+
+    def row(self, epoch: int, row: int) -> Batch:
+        """``tokens`` and ``targets`` (1, row_tokens) int64, ``cu_seqlens`` (pieces + 1,) int32."""
+        pieces, bounds = self.order(epoch)
+        begin, end = row * self.row_tokens, (row + 1) * self.row_tokens
+        first, last = np.searchsorted(bounds, begin, side="right") - 1, np.searchsorted(bounds, end)
+        cuts = bounds[first : last + 1].clip(begin, end)
+        froms = self.starts[pieces[first:last]] + cuts[:-1] - bounds[first:last]
+        index = np.repeat(froms - (cuts[:-1] - begin), np.diff(cuts)) + np.arange(self.row_tokens)
+        return {
+            "tokens": torch.from_numpy(self.bytes[index].astype(np.int64))[None],
+            "targets": torch.from_numpy(self.bytes[index + 1].astype(np.int64))[None],
+            "cu_seqlens": torch.from_numpy((cuts - begin).astype(np.int32)),
+        }
+
+
+class TextData(pl.LightningDataModule):
+    """Next-byte prediction on text files; ids are the 256 bytes.
+
+    A file is in one split only. The default text differs between versions of Python: compare bits per byte on the same
+    one.
+
+    Args:
+        paths: files and folders; None for the standard library's sources.
+        seq_len: longest piece of a text that a model sees at once, in bytes.
+        batch_tokens: tokens per step and rank, packed into one row.
+        max_bytes: text to read at most.
+        held_out: share of the text in each of validation and test.
+        validation_tokens, test_tokens: tokens to evaluate on at most, a fixed sample.
+        seed: of the order and the sample.
+
+    Raises:
+        SpecError: a path without text, or sizes out of range.
+    """
+
+    model = "language_model"
+    vocab_size = 256
+
+    def __init__(
+        self,
+        *,
+        paths: list[str] | None = None,
+        seq_len: int = 512,
+        batch_tokens: int = 8192,
+        max_bytes: int = 100_000_000,
+        held_out: float = 0.05,
+        validation_tokens: int = 65_536,
+        test_tokens: int = 524_288,
+        seed: int = 0,
+    ):
+        super().__init__()
+        sizes = {"seq_len": seq_len, "batch_tokens": batch_tokens, "validation_tokens": validation_tokens}
+        for name, size in (sizes | {"test_tokens": test_tokens, "max_bytes": max_bytes}).items():
+            if size < 1:
+                raise SpecError(f"{name} {size} must be at least 1")
+        if not 0 < held_out < 0.5:
+            raise SpecError(f"held_out {held_out} is outside its range 0..0.5")
+        self.files = find_files(paths)
+        self.seq_len = seq_len
+        self.batch_tokens = batch_tokens
+        self.max_bytes = max_bytes
+        self.held_out = held_out
+        self.limits = {"validation": validation_tokens, "test": test_tokens}
+        self.seed = seed
+        self.rows: dict[str, PackedRows] = {}
+
+    def setup(self, stage: str) -> None:
+        if self.rows:
+            return
+        splits = split_texts(read_texts(self.files, max_bytes=self.max_bytes), held_out=self.held_out)
+        for split, texts in splits.items():
+            if not texts:
+                raise SpecError(f"too little text for a {split} split: {sum(map(len, splits['train']))} bytes to train")
+            row_tokens = min(self.batch_tokens, self.limits.get(split, self.batch_tokens))
+            self.rows[split] = PackedRows(texts, seq_len=self.seq_len, row_tokens=row_tokens, seed=self.seed)
+
+    def _ranks(self) -> tuple[int, int]:
+        return getattr(self.trainer, "global_rank", 0), getattr(self.trainer, "world_size", 1)
+
+    def train_dataloader(self) -> BatchStream:
+        rows, (rank, world_size) = self.rows["train"], self._ranks()
+
+        def make(number: int) -> Batch:
+            return rows.row(*divmod(number * world_size + rank, rows.num_rows))
+
+        return BatchStream(make, length=max(1, rows.num_rows // world_size))
+
+    def _fixed(self, split: str) -> FixedBatches:
+        rows, (rank, world_size) = self.rows[split], self._ranks()
+        count = min(rows.num_rows, self.limits[split] // rows.row_tokens)
+        return FixedBatches([rows.row(0, i) for i in range(count)], rank=rank, world_size=world_size)
+
+    def val_dataloader(self) -> FixedBatches:
+        return self._fixed("validation")
+
+    def test_dataloader(self) -> FixedBatches:
+        return self._fixed("test")
+
+    def predict_dataloader(self) -> FixedBatches:
+        return self.test_dataloader()
+
+    @staticmethod
+    def decode(tokens: Tensor) -> str:
+        """The text of ids (T,) in 0..255; bytes that are no UTF-8 become U+FFFD."""
+        return bytes(tokens.tolist()).decode("utf-8", errors="replace")
