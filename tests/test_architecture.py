@@ -1,0 +1,47 @@
+"""What keeps the house in order: imports run one way, files stay short, and naming things imports nothing heavy."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAYERS = ["kernels", "mixers", "lit_modules", "recipes"]  # each may import those before it
+FILES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level packages that a file imports anywhere, functions included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(path.relative_to(ROOT).parts[0] if node.level else node.module.split(".")[0])
+    return found
+
+
+def test_there_is_code_in_every_layer():
+    assert {path.relative_to(ROOT).parts[0] for path in FILES} == set(LAYERS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    layer = LAYERS.index(path.relative_to(ROOT).parts[0])
+    forbidden = set(LAYERS[layer + 1 :])
+    if layer <= LAYERS.index("mixers"):  # mixers and kernels work in any nn.Module
+        forbidden |= {"lightning", "pytorch_lightning", "jsonargparse", "torchmetrics"}
+    assert not imports(path) & forbidden
+
+
+@pytest.mark.parametrize("path", FILES + TESTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_stay_short(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_packages_import_no_torch():
+    code = "import sys, kernels, mixers, lit_modules, recipes; assert not {'torch', 'lightning'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
