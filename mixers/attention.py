@@ -1,0 +1,102 @@
+"""Softmax attention (arXiv 1706.03762), grouped queries (arXiv 2305.13245), rotary positions, optional window.
+
+    y_t = W_o sum_{j<=t} softmax_j(q_t.k_j / sqrt(K)) v_j         j > t - window where there is one
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernels.sequences import pad_packed, positions_in, real_tokens, unpad
+from mixers.base import Mixer, MixerOutput, MixerState
+from mixers.gated_delta_net import new_tokens
+from mixers.kv_cache import KVCache
+from mixers.layers import rotary
+from mixers.registry import SpecError
+
+
+class Attention(Mixer):
+    """Softmax attention that keeps every key and value.
+
+    Args:
+        dim: width D.
+        num_heads: query heads.
+        head_dim: K = V; default dim // num_heads.
+        num_kv_heads: key and value heads, a divisor of `num_heads`; default `num_heads`.
+        rope: rotate queries and keys by their position; False leaves positions to the rest of the model.
+        rope_base: of the rotation's wavelengths, in tokens.
+        window: see the last `window` tokens only; 0 sees all.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int = 4,
+        head_dim: int | None = None,
+        num_kv_heads: int | None = None,
+        rope: bool = True,
+        rope_base: float = 10_000.0,
+        window: int = 0,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
+        self.head_dim = head_dim or dim // num_heads
+        self.rope, self.rope_base, self.window = rope, rope_base, window
+        if self.num_heads % self.num_kv_heads:
+            raise SpecError(f"num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads})")
+        if rope and self.head_dim % 2:
+            raise SpecError(f"head_dim must be even for rope, got {self.head_dim}")
+        if window < 0:
+            raise SpecError(f"window must be 0 (none) or a number of tokens, got {window}")
+        self.heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
+        self.qkv = nn.Linear(dim, sum(self.heads) * self.head_dim, bias=False)
+        self.out = nn.Linear(num_heads * self.head_dim, dim, bias=False)
+
+    def init_state(
+        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> MixerState:
+        counts = torch.zeros(batch_size, self.num_kv_heads, dtype=torch.long, device=device or self.out.weight.device)
+        cache = KVCache.empty(counts, self.head_dim, self.head_dim, dtype or self.out.weight.dtype, self.window)
+        return MixerState(counts.new_zeros(batch_size), kv=cache)
+
+    def mix(self, x: Tensor, state: MixerState | None, cu_seqlens: Tensor | None) -> MixerOutput:
+        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, 2)
+        if cu_seqlens is None:
+            real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+            position = torch.arange(x.shape[1], device=x.device)[None]
+        else:
+            real = real_tokens(cu_seqlens)
+            position = positions_in(cu_seqlens)[None]
+        if state is not None and cu_seqlens is None:
+            position = position + state.length[:, None]
+        elif state is not None:
+            position = position + state.length.repeat_interleave(cu_seqlens.long().diff())
+        if self.rope:
+            q, k = (rotary(part, position, self.rope_base) for part in (q, k))
+        if cu_seqlens is not None:
+            q, k, v = (pad_packed(part, real) for part in (q, k, v))
+
+        if state is None:
+            a = self._attend(q, k, v)
+        else:
+            # with a window nothing is stored: the cache keeps a token until the window has passed it
+            stored = torch.full(k.shape[:3], not self.window, dtype=torch.bool, device=x.device)
+            a, cache = state.kv.attend(q, k, v, stored, real, state.length, self.head_dim**-0.5, self.window)
+            state = MixerState(state.length + new_tokens(x, cu_seqlens), kv=cache)
+        a = a if cu_seqlens is None else unpad(a, real)
+        return MixerOutput(self.out(a.flatten(2)), state)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(N, T, H, K) -> (N, T, H, V). Padding is at the end, where causality hides it."""
+        T = q.shape[1]
+        mask = None
+        if 0 < self.window < T:
+            token = torch.arange(T, device=q.device)
+            behind = token[:, None] - token
+            mask = (behind >= 0) & (behind < self.window)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        gqa = self.num_kv_heads < self.num_heads
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa
+        ).transpose(1, 2)

@@ -1,0 +1,132 @@
+"""A decoder around any mixer: embedding, blocks of (RMSNorm, mixer, RMSNorm, SwiGLU), final norm, head."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixers.base import Mixer, MixerState, Routing
+from mixers.registry import MIXERS, SpecError, parse_pattern
+from mixers.threshold import share_threshold
+
+
+@dataclass
+class DecoderOutput:
+    """`hidden` (B, T, D) after the final norm; per layer the state and the routing (None where there is none);
+    `aux_loss`, a scalar to add to the loss in training."""
+
+    hidden: Tensor
+    state: list[MixerState] | None
+    routing: list[Routing | None]
+    aux_loss: Tensor
+
+
+class SwiGLU(nn.Module):
+    """W_2 (SiLU(W_1 x) * W_3 x) (arXiv 2002.05202)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, dim: int, mixer: Mixer, mlp_hidden: int) -> None:
+        super().__init__()
+        self.mixer_norm, self.mixer = nn.RMSNorm(dim, eps=1e-5), mixer
+        self.mlp_norm, self.mlp = nn.RMSNorm(dim, eps=1e-5), SwiGLU(dim, mlp_hidden)
+
+    def forward(self, x: Tensor, state: MixerState | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None):
+        out = self.mixer(self.mixer_norm(x), state, cu_seqlens, padding_mask)
+        x = x + out.hidden
+        return x + self.mlp(self.mlp_norm(x)), out
+
+
+class Decoder(nn.Module):
+    """Causal decoder.
+
+    Args:
+        vocab_size: tokens.
+        dim: width D.
+        depth: number of blocks.
+        mixer: a spec, a pattern cycled over the depth (`"gdn*3,attention"`, or a list), or a function of the width that
+            makes one mixer a call.
+        mlp_ratio: hidden width of the SwiGLU over D, rounded up to a multiple of 8.
+        tie_embeddings: the head shares the embedding's weight.
+
+    Raises:
+        SpecError: an unknown mixer or option; a size below 1; a pattern longer than the depth.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        dim: int = 128,
+        depth: int = 4,
+        mixer: str | Mapping[str, Any] | Sequence[Any] | Callable[[int], Mixer] = "ham",
+        mlp_ratio: float = 8 / 3,
+        tie_embeddings: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, value in (("vocab_size", vocab_size), ("dim", dim), ("depth", depth)):
+            if value < 1:
+                raise SpecError(f"{name} must be at least 1, got {value}")
+        mlp_hidden = -(-round(dim * mlp_ratio) // 8) * 8
+        self.embedding = nn.Embedding(vocab_size, dim)
+        self.blocks = nn.ModuleList(Block(dim, m, mlp_hidden) for m in _mixers(mixer, dim, depth))
+        self.norm = nn.RMSNorm(dim, eps=1e-5)
+        self.head = nn.Linear(dim, vocab_size, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        if tie_embeddings:
+            self.head.weight = self.embedding.weight
+        share_threshold(self)
+
+    def init_state(
+        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> list[MixerState]:
+        """One state per layer, of `batch_size` sequences that have not begun."""
+        return [block.mixer.init_state(batch_size, device, dtype) for block in self.blocks]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: list[MixerState] | None = None,
+        cu_seqlens: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+    ) -> DecoderOutput:
+        """tokens (B, T) int64; the rest as for `Mixer.forward`, `state` with one entry per layer."""
+        x = self.embedding(tokens)
+        outputs = []
+        for i, block in enumerate(self.blocks):
+            x, out = block(x, None if state is None else state[i], cu_seqlens, padding_mask)
+            outputs.append(out)
+        losses = [out.aux_loss for out in outputs if out.aux_loss is not None]
+        return DecoderOutput(
+            self.norm(x),
+            None if state is None else [out.state for out in outputs],
+            [out.routing for out in outputs],
+            torch.stack(losses).sum() if losses else x.new_zeros(()),
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, vocab_size)."""
+        return self.head(hidden)
+
+
+def _mixers(mixer: Any, dim: int, depth: int) -> list[Mixer]:
+    if callable(mixer):
+        return [mixer(dim) for _ in range(depth)]
+    pattern = parse_pattern(mixer)
+    if len(pattern) > depth:
+        raise SpecError(f"the pattern has {len(pattern)} mixers, the model only {depth} layers")
+    return [MIXERS.build(pattern[i % len(pattern)], dim=dim) for i in range(depth)]

@@ -1,0 +1,160 @@
+"""What a mixer is: a causal map (B, T, D) -> (B, T, D) that may carry a state from call to call."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixers.kv_cache import KVCache
+
+
+@dataclass
+class Routing:
+    """What a router and its threshold decided; H is the number of heads with a memory of their own.
+
+    scores (B, T, H) float32, `stored` (B, T, H) bool, `tau` (H,) float32, `g` (B, T, H) float32 log-decay of the
+    memory, `lengths` (N,) int64 tokens of every sequence; the last `window` tokens are kept, stored or not.
+    """
+
+    scores: Tensor
+    stored: Tensor
+    tau: Tensor
+    g: Tensor
+    lengths: Tensor
+    window: int = 0
+
+    @property
+    def kept(self) -> Tensor:
+        """Tokens (H,) float that the cache holds when every sequence has been read."""
+        stored = self.stored.float().sum((0, 1))
+        if self.window:
+            # a router with a window stores nothing else, so the two parts do not overlap
+            stored = stored + self.lengths.clamp(max=self.window).sum()
+        return stored
+
+    @property
+    def usage(self) -> Tensor:
+        """KV usage (H,): kept tokens / tokens."""
+        return self.kept / self.lengths.sum().clamp(min=1)
+
+
+@dataclass
+class MixerState:
+    """What a mixer remembers of N sequences: tokens seen, recurrent memory, convolution tail, keys and values."""
+
+    length: Tensor  # (N,) int64
+    recurrent: Tensor | None = None  # (N, H, K, V) float32, or float64 in a float64 model
+    conv: Tensor | None = None  # (N, taps - 1, channels)
+    kv: KVCache | None = None
+
+    def map(self, function: Any) -> "MixerState":
+        """A new state, `function` applied to every tensor."""
+        return replace(self, **{f.name: _map(getattr(self, f.name), function) for f in fields(self)})
+
+    def detach(self) -> "MixerState":
+        return self.map(lambda x: x.detach())
+
+    def to(self, *args: Any, **kwargs: Any) -> "MixerState":
+        """Move to a device. (dtypes are the mixer's business: the recurrent memory stays in float32.)"""
+        return self.map(lambda x: x.to(*args, **kwargs))
+
+
+def _map(value: Any, function: Any) -> Any:
+    if value is None:
+        return None
+    return value.map(function) if isinstance(value, KVCache) else function(value)
+
+
+@dataclass
+class MixerOutput:
+    """`hidden` (B, T, D); `state` if one was given; `routing` of a mixer with a router; `aux_loss`, a scalar to add to
+    the loss in training, if the mixer has one."""
+
+    hidden: Tensor
+    state: MixerState | None = None
+    routing: Routing | None = None
+    aux_loss: Tensor | None = None
+
+
+class Mixer(nn.Module):
+    """Base of all mixers. A subclass writes `mix` and `init_state`; packing and padding are dealt with here."""
+
+    layer_index = 0
+    """Place of the mixer in its model, set by `mixers.threshold.share_threshold`."""
+
+    def mix(self, x: Tensor, state: MixerState | None, cu_seqlens: Tensor | None) -> MixerOutput:
+        """Mix x (B, T, D), T >= 1: B sequences of T tokens or, with `cu_seqlens` (N + 1,), one row of N sequences.
+
+        `state` is of B or N sequences; it is not changed, and the output carries a new one.
+        """
+        raise NotImplementedError
+
+    def init_state(
+        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> MixerState:
+        """The state of `batch_size` sequences that have not begun; device and dtype are by default the weights'."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Tensor,
+        state: MixerState | None = None,
+        cu_seqlens: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+    ) -> MixerOutput:
+        """Mix tokens.
+
+        Args:
+            x: (B, T, D).
+            state: from `init_state` or the last call's output; any split of T gives the same hidden as one call.
+            cu_seqlens: (N + 1,) bounds of the sequences packed in one row; B is then 1 and states are of N sequences.
+            padding_mask: (B, T) bool, True where x holds a real token. The hidden of padding is zero.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        if state is not None and len(state.length) != (len(x) if cu_seqlens is None else len(cu_seqlens) - 1):
+            raise ValueError(f"the state is of {len(state.length)} sequences, the input is not")
+        if padding_mask is not None:
+            return self._without_padding(x, state, cu_seqlens, padding_mask)
+        if x.shape[1] == 0:
+            return MixerOutput(x, state)
+        return self.mix(x, state, cu_seqlens)
+
+    def _without_padding(self, x, state, cu_seqlens, mask) -> MixerOutput:
+        """Pack the real tokens into one row, mix, and put everything back: padding never reaches a mixer."""
+        if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
+            raise ValueError(f"padding_mask must be bool {tuple(x.shape[:2])} (B, T), got {mask.dtype} {(*mask.shape,)}")
+        if cu_seqlens is None:
+            real = mask.sum(1).cumsum(0)
+        else:
+            real = mask[0].cumsum(0)[cu_seqlens[1:].long() - 1].where(cu_seqlens[1:] > 0, 0)
+        out = self.forward(x[mask][None], state, nn.functional.pad(real, (1, 0)).to(torch.int32))
+
+        def back(packed: Tensor) -> Tensor:
+            padded = packed.new_zeros(*mask.shape, *packed.shape[2:])
+            padded[mask] = packed[0]
+            return padded
+
+        routing = out.routing
+        if routing is not None:
+            routing = replace(
+                routing, scores=back(routing.scores), stored=back(routing.stored), g=back(routing.g)
+            )
+        return replace(out, hidden=back(out.hidden), routing=routing)
+
+
+def kv_cache_bytes(state: Any) -> int:
+    """Bytes that keys and values of `state` (of a mixer, or a list of such) really hold."""
+    if isinstance(state, (list, tuple)):
+        return sum(kv_cache_bytes(s) for s in state)
+    return 0 if state is None or state.kv is None else state.kv.bytes
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes of the parts of `state` that do not grow: recurrent memory and convolution tail."""
+    if isinstance(state, (list, tuple)):
+        return sum(state_bytes(s) for s in state)
+    parts = () if state is None else (state.recurrent, state.conv)
+    return sum(x.numel() * x.element_size() for x in parts if x is not None)

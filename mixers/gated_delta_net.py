@@ -1,0 +1,89 @@
+"""Gated DeltaNet (arXiv 2412.06464) and its ancestors: a mixer that is nothing but a recurrent memory.
+
+    y_t = W_o[RMSNorm(r_t) * SiLU(W_g x_t)]         r_t from `mixers.memory`
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixers.base import Mixer, MixerOutput, MixerState
+from mixers.memory import Memory
+
+
+class GatedDeltaNet(Mixer):
+    """Delta rule with decay.
+
+    Args:
+        dim: width D.
+        num_heads: heads of queries and keys.
+        head_dim: K, of a query or key; default dim // num_heads.
+        value_dim: V, of a value; default `head_dim`.
+        num_value_heads: heads of values, each with a state of its own; a multiple of, and by default, `num_heads`.
+        conv_size: taps of the short convolution, at least 2.
+        norm_eps: of the read-out's RMSNorm.
+        rule: another recurrence than the mixer's own, see `mixers.memory`.
+        backend: of the recurrence, see `kernels.delta_rule`.
+    """
+
+    rule = "gated_delta_net"
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int = 4,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        num_value_heads: int | None = None,
+        conv_size: int = 4,
+        norm_eps: float = 1e-5,
+        rule: str | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.memory = Memory(
+            dim,
+            num_heads=num_heads,
+            head_dim=head_dim or dim // num_heads,
+            value_dim=value_dim,
+            num_value_heads=num_value_heads,
+            conv_size=conv_size,
+            rule=rule or self.rule,
+            backend=backend,
+        )
+        inner = self.memory.num_states * self.memory.value_dim
+        self.norm = nn.RMSNorm(self.memory.value_dim, eps=norm_eps)
+        self.gate = nn.Linear(dim, inner, bias=False)
+        self.out = nn.Linear(inner, dim, bias=False)
+
+    def init_state(
+        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> MixerState:
+        recurrent, conv = self.memory.init_state(batch_size, device, dtype)
+        return MixerState(torch.zeros(batch_size, dtype=torch.long, device=recurrent.device), recurrent, conv)
+
+    def mix(self, x: Tensor, state: MixerState | None, cu_seqlens: Tensor | None) -> MixerOutput:
+        recurrent, conv = (None, None) if state is None else (state.recurrent, state.conv)
+        m = self.memory(x, recurrent, conv, cu_seqlens)
+        hidden = self.out(self.norm(m.read).flatten(2) * F.silu(self.gate(x)))
+        if state is not None:
+            state = MixerState(state.length + new_tokens(x, cu_seqlens), m.recurrent, m.conv)
+        return MixerOutput(hidden, state)
+
+
+class DeltaNet(GatedDeltaNet):
+    """Delta rule without decay (arXiv 2102.11174, 2406.06484); options as for `gated_delta_net`."""
+
+    rule = "delta_net"
+
+
+class LinearAttention(GatedDeltaNet):
+    """Additive rule without decay (arXiv 2006.16236); options as for `gated_delta_net`."""
+
+    rule = "linear_attention"
+
+
+def new_tokens(x: Tensor, cu_seqlens: Tensor | None) -> Tensor | int:
+    """How many tokens of each sequence x (B, T, D) holds."""
+    return x.shape[1] if cu_seqlens is None else cu_seqlens.long().diff()

@@ -1,0 +1,158 @@
+"""HAM, the Hybrid Associative Memory (arXiv 2603.22325): a recurrent memory of everything and attention over surprises.
+
+Per head, with q^, k^, v, g, beta, prediction p, write u and read-out r of the recurrent memory (`mixers.memory`):
+
+    e_t = router(p_t, v_t, u_t, ...)                how badly the memory predicts the token
+    m_t = [e_t > tau]                               stored or not
+    a_t = sum_{j<=t, m_j} softmax_j(exp(s) q^_t.k^_j) v_j        0 where nothing is stored yet
+    y_t = W_o[(RMSNorm(r_t) + a_t) * SiLU(W_g x_t)]                       combine = "sum"
+    y_t = W_o[(g_RNN RMSNorm(r_t) + g_KV a_t) * SiLU(W_g x_t)]            combine = "gates", g = sigmoid(W x_t) per head
+
+Both memories share q^, k^ and v; attention has no positions of its own. Without stored tokens the layer is the mixer of
+its recurrent rule.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernels.routed_attention import routed_attention
+from kernels.sequences import pad_packed, positions_in, real_tokens, unpad
+from mixers.base import MixerOutput, MixerState, Routing
+from mixers.gated_delta_net import GatedDeltaNet, new_tokens
+from mixers.kv_cache import KVCache
+from mixers.memory import MemoryRead
+from mixers.registry import ROUTERS, THRESHOLDS, unknown
+from mixers.routers.base import RouterInputs
+
+GATE_TEMPERATURE = 0.1  # of the straight-through gate that trains a learned router or threshold, in units of its score
+
+
+class HAM(GatedDeltaNet):
+    """Recurrent memory plus attention over the tokens that it predicts badly.
+
+    Args:
+        dim: width D.
+        router: spec of the router.
+        kv_usage: stored tokens / tokens over the threshold's scope, in [0, 1].
+        threshold: spec of the threshold.
+        scope: of the threshold: `model`, `layer` or `head`.
+        combine: `sum` or `gates`, how the two read-outs become one.
+        attention_backend: of `kernels.routed_attention`.
+        options: of `gated_delta_net`; `rule` picks the recurrence.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        router: str | dict = "residual",
+        kv_usage: float = 0.25,
+        threshold: str | dict = "calibrated",
+        scope: str = "model",
+        combine: str = "sum",
+        attention_backend: str = "auto",
+        **options,
+    ) -> None:
+        super().__init__(dim, **options)
+        if combine not in ("sum", "gates"):
+            raise unknown("combine", combine, ("sum", "gates"), of=" for mixer 'ham'")
+        self.combine, self.attention_backend = combine, attention_backend
+        heads = self.memory.num_states
+        self.router = ROUTERS.build(router, dim, heads)
+        self.threshold = THRESHOLDS.build(threshold, heads, kv_usage=kv_usage, scope=scope)
+        self.log_scale = nn.Parameter(torch.full((heads,), math.log(2 * math.sqrt(self.memory.head_dim))))  # s
+        self.log_scale._no_weight_decay = True
+        if combine == "gates":
+            self.read_gates = nn.Linear(dim, 2 * heads)
+
+    @property
+    def num_heads(self) -> int:
+        """Heads that are scored, each with a state."""
+        return self.memory.num_states
+
+    @property
+    def kv_usage(self) -> float:
+        """The usage asked for; `mixers.set_kv_usage` sets it."""
+        return self.threshold.kv_usage
+
+    def init_state(
+        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> MixerState:
+        state = super().init_state(batch_size, device, dtype)
+        counts = state.length.new_zeros(batch_size, self.num_heads)
+        sizes = self.memory.head_dim, self.memory.value_dim
+        state.kv = KVCache.empty(counts, *sizes, state.conv.dtype, self.router.window(self.kv_usage))
+        return state
+
+    def mix(self, x: Tensor, state: MixerState | None, cu_seqlens: Tensor | None) -> MixerOutput:
+        recurrent, conv = (None, None) if state is None else (state.recurrent, state.conv)
+        m = self.memory(x, recurrent, conv, cu_seqlens)
+        q = m.q * self.log_scale.exp().to(m.q.dtype)[:, None]
+
+        inputs = self._router_inputs(x, q, m, state, cu_seqlens)
+        scores = self.router(inputs).float()
+        tau = self.threshold.tau().expand(self.num_heads)
+        stored = scores > tau
+        v, aux_loss = m.v, None
+        if self.training:
+            self.threshold.observe(self.layer_index, scores)
+            aux_loss = _sum(self.router.loss(inputs, scores), self.threshold.loss(scores))
+            if self.router.trained_by_gate or self.threshold.trained_by_gate:
+                v = v * _straight_through(scores, tau).to(v.dtype)[..., None]
+
+        a, kv = self._attend(q, m.k, v, stored, state, cu_seqlens)
+        hidden = self.out(self._combine(x, self.norm(m.read), a).flatten(2) * F.silu(self.gate(x)))
+
+        new = torch.as_tensor(new_tokens(x, cu_seqlens), device=x.device)
+        lengths = new.expand(len(x)) if cu_seqlens is None else new
+        routing = Routing(scores, stored, tau, m.g.float(), lengths, self.router.window(self.kv_usage))
+        if state is not None:
+            state = MixerState(state.length + new, m.recurrent, m.conv, kv)
+        return MixerOutput(hidden, state, routing, aux_loss)
+
+    def _router_inputs(self, x: Tensor, q: Tensor, m: MemoryRead, state, cu_seqlens) -> RouterInputs:
+        positions = torch.arange(x.shape[1], device=x.device) if cu_seqlens is None else positions_in(cu_seqlens)
+        positions = positions.expand(x.shape[:2])
+        if state is not None and cu_seqlens is None:
+            positions = positions + state.length[:, None]
+        elif state is not None:
+            positions = positions + state.length.repeat_interleave(cu_seqlens.long().diff())
+        # scores choose tokens, and a choice has no gradient: what they are made of is detached
+        q, k, v, prediction, write, g, beta = (
+            part.detach() for part in (q, m.k, m.v, m.prediction, m.write, m.g, m.beta)
+        )
+        weight = self.out.weight.detach().unflatten(1, (self.num_heads, -1))
+        return RouterInputs(x, q, k, v, prediction, write, g, beta, positions, self.layer_index, weight, cu_seqlens)
+
+    def _attend(self, q, k, v, stored, state, cu_seqlens) -> tuple[Tensor, KVCache | None]:
+        window = self.router.window(self.kv_usage)
+        if state is None:
+            options = dict(scale=1.0, cu_seqlens=cu_seqlens, window=window, backend=self.attention_backend)
+            return routed_attention(q, k, v, stored, **options), None
+        if cu_seqlens is None:
+            real = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
+            return state.kv.attend(q, k, v, stored, real, state.length, 1.0, window)
+        real = real_tokens(cu_seqlens)
+        q, k, v, stored = (pad_packed(part, real) for part in (q, k, v, stored))
+        a, kv = state.kv.attend(q, k, v, stored, real, state.length, 1.0, window)
+        return unpad(a, real), kv
+
+    def _combine(self, x: Tensor, r: Tensor, a: Tensor) -> Tensor:
+        if self.combine == "sum":
+            return r + a
+        rnn, kv = self.read_gates(x).sigmoid().unflatten(-1, (2, -1))[..., None].unbind(2)
+        return rnn * r + kv * a
+
+
+def _straight_through(scores: Tensor, tau: Tensor) -> Tensor:
+    """A gate that is 1 in value and passes the gradient of sigmoid((score - tau) / temperature)."""
+    soft = ((scores - tau) / GATE_TEMPERATURE).sigmoid()
+    return 1 + soft - soft.detach()
+
+
+def _sum(*losses: Tensor | None) -> Tensor | None:
+    present = [loss for loss in losses if loss is not None]
+    return torch.stack(present).sum() if present else None

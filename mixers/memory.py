@@ -1,0 +1,142 @@
+"""The recurrent associative memory that linear attention, DeltaNet, Gated DeltaNet and HAM share.
+
+Per head, with q, k, v = SiLU(conv(W x)), k^ and q^ normalised, alpha_t = exp(g_t):
+
+    p_t = alpha_t S_{t-1} k^_t                      prediction
+    u_t = beta_t (v_t - p_t)                        what is written       (additive rule: u_t = beta_t v_t)
+    S_t = alpha_t S_{t-1} + u_t k^_t^T
+    r_t = S_t q^_t                                  read-out
+
+One recurrence at three settings:
+
+    linear_attention    additive rule, alpha = 1, beta = 1                        arXiv 2006.16236
+    delta_net           delta rule,    alpha = 1, beta = sigmoid(W_b x)           arXiv 2102.11174, 2406.06484
+    gated_delta_net     delta rule,    alpha = exp(g), beta = sigmoid(W_b x)      arXiv 2412.06464
+                        g = -exp(A) softplus(W_a x + b_a)
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernels.delta_rule import gated_delta_rule
+from mixers.layers import ShortConvolution
+from mixers.registry import SpecError, unknown
+
+RULES = {"linear_attention": (False, False), "delta_net": (True, False), "gated_delta_net": (True, True)}
+"""name -> (delta rule or additive, decay or none)"""
+
+
+@dataclass
+class MemoryRead:
+    """What the memory made of the tokens: q, k (normalised), v, read (B, T, H, .) in the input's dtype; g, beta
+    (B, T, H) and prediction (B, T, H, V) in float32; the new recurrent state and convolution tail."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+    read: Tensor
+    prediction: Tensor
+    recurrent: Tensor
+    conv: Tensor
+
+    @property
+    def write(self) -> Tensor:
+        """u (B, T, H, V) float32, of the delta rule: how far the prediction is off, times the write strength."""
+        return self.beta[..., None] * (self.v - self.prediction)
+
+
+class Memory(nn.Module):
+    """Projections, short convolution and recurrence.
+
+    Args:
+        dim: width D of the input.
+        num_heads: heads H of queries and keys.
+        head_dim: K, of a query or key.
+        value_dim: V, of a value; default `head_dim`.
+        num_value_heads: heads of values, each with a state of its own; a multiple of `num_heads`, and by default it.
+        conv_size: taps of the short convolution.
+        rule: `linear_attention`, `delta_net` or `gated_delta_net`.
+        backend: of `kernels.delta_rule`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        value_dim: int | None,
+        num_value_heads: int | None,
+        conv_size: int,
+        rule: str,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        rule = {"gdn": "gated_delta_net"}.get(rule, rule)
+        if rule not in RULES:
+            raise unknown("rule", rule, RULES, of=" for the recurrent memory")
+        self.delta, self.decays = RULES[rule]
+        self.num_heads, self.head_dim, self.backend = num_heads, head_dim, backend
+        self.value_dim = value_dim or head_dim
+        self.num_states = num_value_heads or num_heads
+        for name, value in (("num_heads", num_heads), ("head_dim", head_dim), ("conv_size", conv_size - 1)):
+            if value < 1:
+                raise SpecError(f"{name} must be at least {1 + (name == 'conv_size')}, got {value}")
+        if self.num_states % num_heads:
+            raise SpecError(f"num_value_heads ({self.num_states}) must be a multiple of num_heads ({num_heads})")
+        self.widths = [num_heads * head_dim, num_heads * head_dim, self.num_states * self.value_dim]
+        self.qkv = nn.Linear(dim, sum(self.widths), bias=False)
+        self.conv = ShortConvolution(sum(self.widths), taps=conv_size)
+        with torch.no_grad():  # a query starts as the key of the same token: recall is a matter of matching the two
+            self.qkv.weight[: self.widths[0]] = self.qkv.weight[self.widths[0] : 2 * self.widths[0]]
+        if self.delta:
+            self.beta = nn.Linear(dim, self.num_states, bias=False)
+        if self.decays:
+            self.decay = nn.Linear(dim, self.num_states, bias=False)
+            # as in Mamba2 and fla: rates in [1, 16], time steps log-uniform in [0.001, 0.1]
+            self.A_log = nn.Parameter(torch.empty(self.num_states).uniform_(1, 16).log())
+            step = torch.empty(self.num_states).uniform_(math.log(0.001), math.log(0.1)).exp()
+            self.dt_bias = nn.Parameter(step + (-torch.expm1(-step)).log())  # softplus(dt_bias) = step
+            self.A_log._no_weight_decay = self.dt_bias._no_weight_decay = True
+
+    def init_state(self, batch_size: int, device=None, dtype=None) -> tuple[Tensor, Tensor]:
+        """Zeros: (recurrent (N, H, K, V), convolution tail (N, taps - 1, channels))."""
+        weight = self.qkv.weight
+        device, dtype = device or weight.device, dtype or weight.dtype
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        recurrent = torch.zeros(batch_size, self.num_states, self.head_dim, self.value_dim, device=device, dtype=exact)
+        return recurrent, torch.zeros(batch_size, self.conv.taps - 1, sum(self.widths), device=device, dtype=dtype)
+
+    def forward(
+        self, x: Tensor, recurrent: Tensor | None, conv: Tensor | None, cu_seqlens: Tensor | None
+    ) -> MemoryRead:
+        """x (B, T, D) -> all that is known of its tokens. q and k are repeated where value heads are grouped."""
+        qkv, conv = self.conv(self.qkv(x), conv, cu_seqlens)
+        q, k, v = (part.unflatten(-1, (-1, dim)) for part, dim in zip(
+            qkv.split(self.widths, -1), (self.head_dim, self.head_dim, self.value_dim), strict=True))  # fmt: skip
+        q, k = normalise(q), normalise(k)
+        if self.num_states > self.num_heads:
+            q, k = (part.repeat_interleave(self.num_states // self.num_heads, 2) for part in (q, k))
+        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        beta = self.beta(x).to(exact).sigmoid() if self.delta else x.new_ones(*v.shape[:3], dtype=exact)
+        if self.decays:
+            g = -self.A_log.to(exact).exp() * F.softplus(self.decay(x).to(exact) + self.dt_bias.to(exact))
+        else:
+            g = torch.zeros_like(beta)
+        read, prediction, recurrent = gated_delta_rule(
+            q, k, v, g, beta, scale=1.0, initial_state=recurrent, cu_seqlens=cu_seqlens,
+            backend=self.backend, delta=self.delta,
+        )  # fmt: skip
+        return MemoryRead(q, k, v, g, beta, read, prediction, recurrent, conv)
+
+
+def normalise(x: Tensor) -> Tensor:
+    """x / ||x||, in at least float32; zero stays zero, with a finite gradient."""
+    exact = x if x.dtype == torch.float64 else x.float()
+    return (exact * (exact.square().sum(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)

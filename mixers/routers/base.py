@@ -1,0 +1,83 @@
+"""What a router is: a function from what the memory made of a token to a score per head."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class RouterInputs:
+    """What a router may look at; H heads with a state each. Nothing here carries a gradient but `x`.
+
+    Attributes:
+        x: (B, T, D) input of the mixer.
+        q: (B, T, H, K) queries as attention uses them: normalised, times the learned scale.
+        k: (B, T, H, K) normalised keys.
+        v: (B, T, H, V) values.
+        prediction: (B, T, H, V) float32, the value that the state answers for the key before the token is written.
+        write: (B, T, H, V) float32, `beta (v - prediction)`: what the token adds to the state.
+        g: (B, T, H) float32 log-decay, <= 0.
+        beta: (B, T, H) float32 write strength in [0, 1].
+        positions: (B, T) int64 place of the token in its sequence.
+        layer: index of the mixer in its model.
+        output_weight: (D, H, V), the output projection.
+        cu_seqlens: (N + 1,) bounds of packed sequences, or None.
+    """
+
+    x: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    prediction: Tensor
+    write: Tensor
+    g: Tensor
+    beta: Tensor
+    positions: Tensor
+    layer: int
+    output_weight: Tensor
+    cu_seqlens: Tensor | None = None
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """G_h = W_o^hT W_o^h (H, V, V): u^T G_h u is the squared norm of what u does to the layer's output."""
+        weight = self.output_weight.to(self.write.dtype)
+        return torch.einsum("dhv,dhw->hvw", weight, weight)
+
+    @cached_property
+    def output_norm(self) -> Tensor:
+        """||W_o^h u|| (B, T, H): the size of a write in the space that all heads and layers share."""
+        squared = (torch.einsum("bthv,hvw->bthw", self.write, self.gram) * self.write).sum(-1)
+        return squared.clamp(min=0).sqrt()
+
+
+class Router(nn.Module):
+    """Base of all routers: a subclass writes `forward`. Its options, if any, are keywords after `dim` and `num_heads`.
+
+    Args:
+        dim: width D of the mixer's input.
+        num_heads: heads H to score.
+    """
+
+    trained_by_gate = False
+    """True: in training a stored value passes a straight-through gate on its score, which so sees the task's loss."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.dim, self.num_heads = dim, num_heads
+
+    def forward(self, inputs: RouterInputs) -> Tensor:
+        """Scores (B, T, H); a token is stored in a head iff its score is above the threshold.
+
+        The score of a token may depend on that token and on earlier ones, never on later ones.
+        """
+        raise NotImplementedError
+
+    def loss(self, inputs: RouterInputs, scores: Tensor) -> Tensor | None:
+        """A scalar that trains the router, added to the model's loss in training; None if it needs none."""
+        return None
+
+    def window(self, kv_usage: float) -> int:
+        """How many of the last tokens are seen whether they are stored or not."""
+        return 0

@@ -1,0 +1,84 @@
+"""Routers that look at no token: what surprise has to beat, and the two ends of the dial.
+
+None of them depends on how a sequence is split into calls: a draw is a hash of seed, layer, head and position.
+"""
+
+import torch
+from torch import Tensor
+
+from mixers.registry import SpecError
+from mixers.routers.base import Router, RouterInputs
+
+
+class Random(Router):
+    """A score drawn uniformly from [0, 1).
+
+    Args:
+        seed: of the draws.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, seed: int = 0) -> None:
+        super().__init__(dim, num_heads)
+        self.seed = seed
+
+    def forward(self, inputs: RouterInputs) -> Tensor:
+        return _draw(self.seed, inputs.layer, self.num_heads, inputs.positions)
+
+
+class Static(Random):
+    """Whole heads: those of the last layer first, the first head of a layer first; where the budget ends within a head,
+    a random part of it.
+
+    With a threshold for the whole model, usage 1 / 4 of a model of four heads gives one head everything.
+
+    Args:
+        seed: of the draws that split the last head.
+    """
+
+    def forward(self, inputs: RouterInputs) -> Tensor:
+        rank = inputs.layer * self.num_heads + torch.arange(self.num_heads - 1, -1, -1, device=inputs.x.device)
+        return rank + super().forward(inputs)
+
+
+class Recency(Router):
+    """The last tokens: a sliding window in place of a score.
+
+    Args:
+        window: tokens; 0 derives it from the KV usage.
+        length: tokens that the KV usage is a share of: window = usage * length.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, window: int = 0, length: int = 512) -> None:
+        super().__init__(dim, num_heads)
+        if window < 0 or length < 1:
+            raise SpecError(f"router 'recency' needs window >= 0 and length >= 1, got {window} and {length}")
+        self._window, self.length = window, length
+
+    def forward(self, inputs: RouterInputs) -> Tensor:
+        return torch.full(inputs.g.shape, -torch.inf, device=inputs.x.device)
+
+    def window(self, kv_usage: float) -> int:
+        return self._window or round(kv_usage * self.length)
+
+
+class All(Router):
+    """Every token, unless the KV usage is 0: both memories at full size."""
+
+    def forward(self, inputs: RouterInputs) -> Tensor:
+        return torch.full(inputs.g.shape, torch.inf, device=inputs.x.device)
+
+
+class Nothing(Router):
+    """No token: the recurrent memory alone."""
+
+    def forward(self, inputs: RouterInputs) -> Tensor:
+        return torch.full(inputs.g.shape, -torch.inf, device=inputs.x.device)
+
+
+def _draw(seed: int, layer: int, num_heads: int, positions: Tensor) -> Tensor:
+    """Uniform draws (B, T, H) float32: a mixing hash (the finaliser of SplitMix64) of what names the place."""
+    head = torch.arange(num_heads, device=positions.device)
+    z = (positions[..., None] * 1_000_003 + head) * 1_000_003 + layer * 7_919 + seed * 104_729 + 1
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return ((z >> 33) & 0xFFFFFF).float() / 2**24

@@ -1,0 +1,236 @@
+"""How many tokens are stored: one number tau for a scope, and the usage it is to give.
+
+A threshold may be that of the whole model (heads and layers compete for one budget), of a layer, or of each head. It
+keeps a table of quantiles of the scores seen in training, so that the KV usage can be set to anything afterwards.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from mixers.base import Mixer
+from mixers.registry import SpecError, unknown
+
+LEVELS = 33  # quantiles at 0, 1/32, ..., 1
+SAMPLE = 8192  # tokens of a step that a layer's quantiles are taken from
+SCOPES = ("model", "layer", "head")
+
+
+class Threshold(nn.Module):
+    """Base: the quantile table of the scores, an exponential mean over training steps, fixed at evaluation.
+
+    Args:
+        num_heads: heads H of the layer.
+        kv_usage: stored tokens / tokens to aim at over the scope, in [0, 1].
+        scope: `model` (shared by the layers of a model, see `share_threshold`), `layer` or `head`.
+        momentum: of the exponential mean.
+    """
+
+    trained_by_gate = False
+
+    def __init__(self, num_heads: int, *, kv_usage: float, scope: str = "model", momentum: float = 0.9) -> None:
+        super().__init__()
+        if scope not in SCOPES:
+            raise unknown("scope", scope, SCOPES, of=" for the threshold")
+        self.scope, self.momentum = scope, momentum
+        self.kv_usage = check_usage(kv_usage)
+        groups = num_heads if scope == "head" else 1
+        self.register_buffer("table", torch.zeros(groups, LEVELS))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self._pending: dict[int, Tensor] = {}  # layer -> scores (tokens, H) of the step under way
+        self._warned = False
+
+    def tau(self) -> Tensor:
+        """The threshold, (H,) or (1,) float32: -inf at usage 1, inf at usage 0, whatever the kind."""
+        if self.kv_usage in (0.0, 1.0):
+            return torch.full_like(self.table[:, 0], math.inf if self.kv_usage == 0 else -math.inf)
+        if not self.training and not self._warned and self.steps == 0 and not self._pending:
+            self._warned = True
+            warnings.warn("the KV threshold has seen no training step: its usage is not what was asked", stacklevel=2)
+        return self.between()
+
+    def between(self) -> Tensor:
+        """The threshold at a usage strictly between 0 and 1."""
+        raise NotImplementedError
+
+    def set_usage(self, kv_usage: float) -> None:
+        """Change the usage to aim at."""
+        self.kv_usage = check_usage(kv_usage)
+
+    def quantile(self, kv_usage: float) -> Tensor:
+        """The score that a share `kv_usage` of the scores seen lies above, (groups,)."""
+        place = (1 - kv_usage) * (LEVELS - 1)
+        low = min(int(place), LEVELS - 2)
+        return torch.lerp(self.table[:, low], self.table[:, low + 1], place - low)
+
+    @torch.no_grad()
+    def observe(self, layer: int, scores: Tensor) -> None:
+        """Note a layer's scores (B, T, H) of a training step.
+
+        A step ends when one of its layers comes round again. Activation checkpointing runs layers again in the backward
+        pass, where tau must be what it was in the forward pass, so those calls are not counted.
+        """
+        if torch._C._current_graph_task_id() != -1:
+            return
+        if layer in self._pending:
+            self.close_step()
+        tokens = scores.detach().float().flatten(0, 1)
+        self._pending[layer] = tokens[:: -(-len(tokens) // SAMPLE)].clamp(-3e38, 3e38)
+
+    @torch.no_grad()
+    def close_step(self) -> None:
+        """Fold the scores of the step under way into the table; all ranks share the mean of their quantiles."""
+        if not self._pending:
+            return
+        scores = list(self._pending.values())
+        self._pending = {}
+        grouped = torch.cat(scores).T if self.scope == "head" else torch.cat([s.flatten() for s in scores])[None]
+        levels = torch.linspace(0, 1, LEVELS, device=grouped.device)
+        table = torch.quantile(grouped, levels, dim=1).T
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(table)
+            table /= torch.distributed.get_world_size()
+        weight = max(1 - self.momentum, 1 / (int(self.steps) + 1))
+        self.table.lerp_(table.to(self.table), weight)
+        self.steps += 1
+        self.adjust(grouped)
+
+    def adjust(self, scores: Tensor) -> None:
+        """Move what the kind of threshold moves, given the step's scores (groups, n)."""
+
+    def loss(self, scores: Tensor) -> Tensor | None:
+        """A scalar that trains the threshold, or None."""
+        return None
+
+
+class Calibrated(Threshold):
+    """Read tau from the table: holds the usage as the scores drift, at any usage, without a loss of its own."""
+
+    def between(self) -> Tensor:
+        return self.quantile(self.kv_usage)
+
+
+class Controlled(Threshold):
+    """Feedback: tau moves by `rate` times (usage - asked usage) each step, as HAM's paper is reported to do.
+
+    Args:
+        rate: step of the feedback, in units of the score.
+        start: tau at the beginning.
+        freeze_after: training steps after which tau stays; 0 never freezes.
+    """
+
+    def __init__(
+        self, num_heads: int, *, rate: float = 0.1, start: float = 0.5, freeze_after: int = 20_000, **options
+    ) -> None:
+        super().__init__(num_heads, **options)
+        self.rate, self.freeze_after = rate, freeze_after
+        self.register_buffer("current", torch.full_like(self.table[:, 0], start))
+
+    def between(self) -> Tensor:
+        return self.current
+
+    def adjust(self, scores: Tensor) -> None:
+        if not self.freeze_after or self.steps <= self.freeze_after:
+            usage = (scores > self.current[:, None]).float().mean(1)
+            self.current += self.rate * (usage - self.kv_usage)
+
+    def set_usage(self, kv_usage: float) -> None:
+        super().set_usage(kv_usage)
+        if self.steps:
+            self.current.copy_(self.quantile(self.kv_usage))
+
+
+class Fixed(Threshold):
+    """The user's own tau. The KV usage is then what the data make of it.
+
+    Args:
+        tau: the threshold, in units of the router's score.
+    """
+
+    def __init__(self, num_heads: int, *, tau: float = 0.5, **options) -> None:
+        super().__init__(num_heads, **options)
+        self.fixed = tau
+
+    def between(self) -> Tensor:
+        return torch.full_like(self.table[:, 0], self.fixed)
+
+    def set_usage(self, kv_usage: float) -> None:
+        if 0 < check_usage(kv_usage) < 1:
+            raise SpecError(f"a fixed threshold has no KV usage to set, got {kv_usage}; use threshold 'calibrated'")
+        super().set_usage(kv_usage)
+
+
+class Learned(Threshold):
+    """A parameter, moved by the task's loss (through a gate on stored values) and by a penalty on the usage gap.
+
+    Args:
+        start: tau at the beginning.
+        weight: of the penalty, weight * (soft usage - asked usage)^2.
+        temperature: of the soft usage, mean sigmoid((score - tau) / temperature).
+    """
+
+    trained_by_gate = True
+
+    def __init__(
+        self, num_heads: int, *, start: float = 0.5, weight: float = 10.0, temperature: float = 0.05, **options
+    ) -> None:
+        super().__init__(num_heads, **options)
+        self.weight, self.temperature = weight, temperature
+        self.current = nn.Parameter(torch.full_like(self.table[:, 0], start))
+        self.current._no_weight_decay = True
+
+    def between(self) -> Tensor:
+        return self.current
+
+    def loss(self, scores: Tensor) -> Tensor | None:
+        soft = ((scores.detach() - self.current) / self.temperature).sigmoid()
+        gap = soft.mean((0, 1) if self.scope == "head" else None) - self.kv_usage
+        return self.weight * gap.square().mean()
+
+    def set_usage(self, kv_usage: float) -> None:
+        super().set_usage(kv_usage)
+        if self.steps:
+            with torch.no_grad():
+                self.current.copy_(self.quantile(self.kv_usage))
+
+
+def check_usage(kv_usage: float) -> float:
+    """`kv_usage` as a float; SpecError unless it lies in [0, 1]."""
+    if isinstance(kv_usage, bool) or not isinstance(kv_usage, (int, float)) or not 0 <= kv_usage <= 1:
+        raise SpecError(f"kv_usage must be a number from 0 to 1, got {kv_usage!r}")
+    return float(kv_usage)
+
+
+def thresholds_of(model: nn.Module) -> Iterator[Threshold]:
+    """Every threshold of a model, once."""
+    return (module for module in model.modules() if isinstance(module, Threshold))
+
+
+def set_kv_usage(model: nn.Module, kv_usage: float) -> None:
+    """Set the KV usage of every threshold in `model`, in training or after it. 0 stores nothing, 1 everything.
+
+    Raises:
+        SpecError: a usage outside [0, 1]; a model in which nothing routes; a threshold that cannot be set.
+    """
+    found = list(thresholds_of(model))
+    if not found:
+        raise SpecError("the model has no KV usage to set: none of its mixers routes tokens")
+    for threshold in found:
+        threshold.set_usage(kv_usage)
+
+
+def share_threshold(model: nn.Module) -> None:
+    """Number the mixers of a model, and give those that route alike, with scope `model`, one threshold.
+
+    `Decoder` calls this; call it on a model of your own that holds several HAM layers.
+    """
+    shared: dict[tuple, Threshold] = {}
+    for index, mixer in enumerate(m for m in model.modules() if isinstance(m, Mixer)):
+        mixer.layer_index = index
+        threshold = getattr(mixer, "threshold", None)
+        if isinstance(threshold, Threshold) and threshold.scope == "model":
+            alike = (type(threshold), type(mixer.router), threshold.kv_usage)
+            mixer.threshold = shared.setdefault(alike, threshold)
