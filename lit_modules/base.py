@@ -11,6 +11,7 @@ from torchmetrics import MetricCollection
 from lit_modules.metrics import KVUsage
 from mixers.backbone import Decoder, DecoderOutput
 from mixers.registry import MIXERS, SpecError, parse_pattern
+from mixers.threshold import check_usage, thresholds_of
 
 Spec = str | dict[str, Any]
 Pattern = str | dict[str, Any] | list[Spec]
@@ -70,7 +71,7 @@ class SequenceModule(pl.LightningModule):
         mixer: spec, or pattern of specs that is cycled over the depth (``"gdn*3,attention"``).
         router: spec that replaces the router of every entry of ``mixer`` that has one.
         kv_usage: stored tokens / tokens, 0..1; replaces that of every entry of ``mixer`` that has one.
-        mlp_ratio: width of the MLP / dim.
+        mlp_ratio: hidden width of the MLPs / dim.
         tie_embeddings: one matrix for the embedding and the head.
         learning_rate: peak of the schedule.
         weight_decay: of matrices; see :func:`parameter_groups`.
@@ -92,7 +93,7 @@ class SequenceModule(pl.LightningModule):
         mixer: Pattern = "ham",
         router: Spec | None = None,
         kv_usage: float | None = None,
-        mlp_ratio: float = 2.0,
+        mlp_ratio: float = 8 / 3,
         tie_embeddings: bool = True,
         learning_rate: float = 3e-3,
         weight_decay: float = 0.1,
@@ -102,8 +103,8 @@ class SequenceModule(pl.LightningModule):
         final_learning_rate: float = 0.1,
     ):
         super().__init__()
-        if kv_usage is not None and not 0 <= kv_usage <= 1:
-            raise SpecError(f"kv_usage {kv_usage} is outside its range 0..1")
+        if kv_usage is not None:
+            check_usage(kv_usage)
         if schedule not in ("cosine", "constant"):
             raise SpecError(f"unknown schedule {schedule!r}; known: constant, cosine")
         self.save_hyperparameters()
@@ -129,11 +130,11 @@ class SequenceModule(pl.LightningModule):
         """Logs ``train/...`` values of this step; the batch size is given to spare Lightning the search for it."""
         self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=1, prog_bar=True)
 
-    def log_usage(self, out: DecoderOutput, padding_mask: Tensor | None) -> None:
+    def log_usage(self, out: DecoderOutput) -> None:
         """Logs the KV usage of a training step, on the steps that are logged at all."""
         if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
             usage = KVUsage(sync_on_compute=False)
-            usage.update(out.routing, padding_mask)
+            usage.update(out.routing)
             self.log_dict({f"train/{k}": v for k, v in usage.compute().items() if "head" not in k}, batch_size=1)
 
     def log_metrics(self, stage: str) -> None:
@@ -146,6 +147,13 @@ class SequenceModule(pl.LightningModule):
             self.log(f"{stage}/{name}", value, prog_bar=name in shown)
         self.metrics.reset()
         self.usage.reset()
+
+    # Training
+
+    def on_after_backward(self) -> None:
+        """Ends the step of the KV thresholds, so that a checkpoint holds all they have seen."""
+        for threshold in thresholds_of(self.decoder):
+            threshold.close_step()
 
     # Evaluation
 

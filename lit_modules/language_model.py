@@ -78,7 +78,7 @@ class LanguageModel(SequenceModule):
         asked = batch["targets"] != IGNORED
         accuracy = ((answers == batch["targets"]) & asked).sum() / asked.sum().clamp(min=1)
         self.log_step(loss=loss.detach(), accuracy=accuracy)
-        self.log_usage(out, batch.get("padding_mask"))
+        self.log_usage(out)
         return {"loss": loss + out.aux_loss, "accuracy": accuracy}
 
     def evaluation_step(self, batch: dict[str, Tensor]) -> None:
@@ -86,7 +86,7 @@ class LanguageModel(SequenceModule):
         targets = batch["targets"]
         loss, answers = self.token_loss(out.hidden, targets)
         self.metrics.update(value=loss, weight=(targets != IGNORED).sum(), preds=answers, target=targets)
-        self.usage.update(out.routing, batch.get("padding_mask"))
+        self.usage.update(out.routing)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The likeliest next token at each position, (B, T) int64."""

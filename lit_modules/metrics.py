@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
+from mixers.base import Routing
+
 
 class BitsPerByte(MeanMetric):
     """Mean loss in bits; for a model whose tokens are bytes. ``update(value, weight)``: mean nats, number of bytes."""
@@ -27,7 +29,7 @@ class Perplexity(MeanMetric):
 
 
 class KVUsage(Metric):
-    """Stored tokens / tokens, pooled by counts over batches and ranks; padding does not count.
+    """Tokens kept in the cache / tokens, pooled by counts over batches and ranks; padding does not count.
 
     ``compute()`` returns scalars by name: ``kv_usage`` over all heads of all layers that route, ``kv_usage/layer{i}``
     and ``kv_usage/layer{i}/head{h}``; an empty dict if no layer routes.
@@ -41,26 +43,16 @@ class KVUsage(Metric):
         self.layers: dict[int, str] = {}
         self.add_state("tokens", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, routing: Sequence[Any], padding_mask: Tensor | None = None) -> None:
-        """Counts one batch.
-
-        Args:
-            routing: per layer, what the mixer routed (its ``stored`` is (B, T, H) bool) or None.
-            padding_mask: (B, T) bool, True at real tokens.
-        """
-        for layer, routed in enumerate(routing):
-            if routed is None:
-                continue
-            stored = routed.stored
-            real = torch.ones_like(stored[..., 0]) if padding_mask is None else padding_mask
+    def update(self, routing: Sequence[Routing | None]) -> None:
+        """Counts one batch; ``routing`` holds what each layer routed, None for a layer that does not."""
+        routed = {layer: entry for layer, entry in enumerate(routing) if entry is not None}
+        for layer, entry in routed.items():
             if layer not in self.layers:  # the number of heads is known only now
-                self.layers[layer] = f"stored{layer}"
-                zeros = torch.zeros(stored.shape[-1], dtype=torch.long, device=stored.device)
-                self.add_state(self.layers[layer], zeros, dist_reduce_fx="sum")
-            count = (stored & real[..., None]).sum((0, 1))
-            setattr(self, self.layers[layer], getattr(self, self.layers[layer]) + count)
-        if any(routed is not None for routed in routing):
-            self.tokens += real.sum()
+                self.layers[layer] = f"kept{layer}"
+                self.add_state(self.layers[layer], torch.zeros_like(entry.kept, dtype=torch.long), dist_reduce_fx="sum")
+            setattr(self, self.layers[layer], getattr(self, self.layers[layer]) + entry.kept.long())
+        if routed:
+            self.tokens += next(iter(routed.values())).lengths.sum()
 
     def compute(self) -> dict[str, Tensor]:
         usage = {layer: getattr(self, state) / self.tokens for layer, state in self.layers.items()}

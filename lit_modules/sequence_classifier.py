@@ -41,14 +41,14 @@ class SequenceClassifier(SequenceModule):
         loss = F.cross_entropy(logits, batch["label"])
         accuracy = (logits.detach().argmax(-1) == batch["label"]).float().mean()
         self.log_step(loss=loss.detach(), accuracy=accuracy)
-        self.log_usage(out, batch.get("padding_mask"))
+        self.log_usage(out)
         return {"loss": loss + out.aux_loss, "accuracy": accuracy}
 
     def evaluation_step(self, batch: dict[str, Tensor]) -> None:
         out = self.decode(batch)
         logits, label = self.classify(out.hidden, batch.get("padding_mask")), batch["label"]
         self.metrics.update(value=F.cross_entropy(logits, label), weight=len(label), preds=logits, target=label)
-        self.usage.update(out.routing, batch.get("padding_mask"))
+        self.usage.update(out.routing)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The likeliest class of each sequence, (B,) int64."""

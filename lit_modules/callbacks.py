@@ -1,0 +1,153 @@
+"""What a run says when it ends, and what makes it resume exactly."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+
+from lit_modules.generation import generate
+
+say = rank_zero_only(print)
+
+
+class RNGState(pl.Callback):
+    """Saves the random state of Python, NumPy and torch in checkpoints, and restores it when training resumes.
+
+    With more than one process, all resume from the state of the first.
+    """
+
+    def __init__(self) -> None:
+        self.restored: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        kind, keys, *rest = np.random.get_state()
+        return {
+            "python": random.getstate(),
+            "numpy": [kind, keys.tolist(), *rest],  # plain data: loads with weights_only=True
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.restored = state
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.restored:
+            return
+        version, internal, gauss = self.restored["python"]
+        random.setstate((version, tuple(internal), gauss))
+        np.random.set_state(tuple(self.restored["numpy"]))
+        torch.set_rng_state(self.restored["torch"].cpu())
+        if len(self.restored["cuda"]) == torch.cuda.device_count() > 0:
+            torch.cuda.set_rng_state_all([state.cpu() for state in self.restored["cuda"]])
+        self.restored = {}
+
+
+class RunSummary(pl.Callback):
+    """Prints the last validation at the end of a fit: its metrics, and the KV usage of each layer and head."""
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        names = {"bits_per_byte": "bits per byte", "accuracy": "accuracy", "loss": "loss", "perplexity": "perplexity"}
+        metrics = {name: trainer.callback_metrics.get(f"val/{name}") for name in names}
+        parts = [f"{names[name]} {value:.4g}" for name, value in metrics.items() if value is not None]
+        if parts:
+            say(f"\nvalidation after {trainer.global_step} steps: {', '.join(parts)}")
+        usage = getattr(pl_module, "last_usage", {})
+        if usage:
+            say(usage_table(usage))
+
+
+def usage_table(usage: dict[str, float]) -> str:
+    """Lines of text from what :class:`lit_modules.metrics.KVUsage` computes."""
+    lines = ["KV usage (kept tokens / tokens)", f"  {'layer':>5}  {'mean':>5}  heads"]
+    for layer in sorted({int(name.split("/")[1][len("layer") :]) for name in usage if "/" in name}):
+        prefix = f"kv_usage/layer{layer}"
+        heads = [value for name, value in usage.items() if name.startswith(f"{prefix}/")]
+        lines.append(f"  {layer:>5}  {usage[prefix]:5.3f}  {' '.join(f'{value:5.3f}' for value in heads)}")
+    lines.append(f"  {'all':>5}  {usage['kv_usage']:5.3f}")
+    return "\n".join(lines)
+
+
+class SampleText(pl.Callback):
+    """Prints text that a language model of bytes goes on to write, at the end of a fit. Does nothing for other data.
+
+    Args:
+        prompt: what to go on from; None for the beginning of the validation text.
+        num_tokens: bytes to write.
+        temperature: 0 for the likeliest byte each time.
+        seed: of the draws.
+    """
+
+    def __init__(
+        self, *, prompt: str | None = None, num_tokens: int = 256, temperature: float = 0.7, seed: int = 0
+    ) -> None:
+        self.prompt = prompt
+        self.num_tokens = num_tokens
+        self.temperature = temperature
+        self.seed = seed
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        decode = getattr(trainer.datamodule, "decode", None)
+        if decode is None:
+            return
+        if self.prompt:
+            prompt = torch.tensor([list(self.prompt.encode())])
+        else:
+            batch = next(iter(trainer.datamodule.val_dataloader()))
+            prompt = batch["tokens"][:1, : min(64, int(batch["cu_seqlens"][1]))]
+        training = pl_module.training
+        pl_module.eval()
+        tokens = generate(
+            pl_module.decoder,
+            prompt.to(pl_module.device),
+            num_tokens=self.num_tokens,
+            temperature=self.temperature,
+            seed=self.seed,
+        )[0]
+        pl_module.train(training)
+        prompted, written = decode(tokens[: prompt.shape[1]]), decode(tokens[prompt.shape[1] :])
+        say(f"\nsample, temperature {self.temperature}; the model goes on from |:\n{_indent(f'{prompted}|{written}')}")
+
+
+class NextSteps(pl.Callback):
+    """Says what to run next, at the end of a fit.
+
+    Args:
+        commands: what each command is for -> the command, where {checkpoint}, {config} and {log_dir} stand for those of
+            the run; a command that needs one that the run has not got is left out.
+    """
+
+    def __init__(self, *, commands: dict[str, str]) -> None:
+        self.commands = commands
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        saved = trainer.checkpoint_callback
+        log_dir = trainer.log_dir
+        config = Path(log_dir or "", "config.yaml")
+        places = {
+            "checkpoint": saved and (saved.best_model_path or saved.last_model_path),
+            "config": log_dir and config.exists() and str(config),
+            "log_dir": log_dir,
+        }
+        places = {name: _relative(place) for name, place in places.items() if place}
+        lines = []
+        for purpose, command in self.commands.items():
+            try:
+                lines.append(f"  {purpose}:\n    {command.format(**places)}")
+            except KeyError:
+                continue
+        if lines:
+            say("\nnext:\n" + "\n".join(lines))
+
+
+def _relative(place: str) -> str:
+    path, here = Path(place).absolute(), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())
