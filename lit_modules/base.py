@@ -107,6 +107,8 @@ class SequenceModule(pl.LightningModule):
             check_usage(kv_usage)
         if schedule not in ("cosine", "constant"):
             raise SpecError(f"unknown schedule {schedule!r}; known: constant, cosine")
+        if warmup_steps < 0:
+            raise SpecError(f"warmup_steps {warmup_steps} must be at least 0")
         self.save_hyperparameters()
         self.decoder = Decoder(
             vocab_size,
@@ -138,15 +140,19 @@ class SequenceModule(pl.LightningModule):
             self.log_dict({f"train/{k}": v for k, v in usage.compute().items() if "head" not in k}, batch_size=1)
 
     def log_metrics(self, stage: str) -> None:
-        """At the end of an evaluation epoch: logs and resets all metrics; ``last_usage`` keeps the usage per head."""
+        """Logs all metrics at the end of an evaluation; ``last_usage`` keeps the usage per head."""
         usage = self.usage.compute()
         self.last_usage = {name: value.item() for name, value in usage.items()}
         values = self.metrics.compute() | {name: value for name, value in usage.items() if "head" not in name}
         shown = {"loss", "bits_per_byte", "accuracy", "kv_usage"}
         for name, value in values.items():
             self.log(f"{stage}/{name}", value, prog_bar=name in shown)
-        self.metrics.reset()
-        self.usage.reset()
+
+    def reset_metrics(self) -> None:
+        """Before an evaluation. States made in inference mode could not be updated in the validation of a later fit."""
+        with torch.inference_mode(False):
+            self.metrics.reset()
+            self.usage.reset()
 
     # Training
 
@@ -166,6 +172,12 @@ class SequenceModule(pl.LightningModule):
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self.evaluation_step(batch)
+
+    def on_validation_epoch_start(self) -> None:
+        self.reset_metrics()
+
+    def on_test_epoch_start(self) -> None:
+        self.reset_metrics()
 
     def on_validation_epoch_end(self) -> None:
         self.log_metrics("val")

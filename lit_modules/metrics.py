@@ -52,7 +52,7 @@ class KVUsage(Metric):
                 self.add_state(self.layers[layer], torch.zeros_like(entry.kept, dtype=torch.long), dist_reduce_fx="sum")
             setattr(self, self.layers[layer], getattr(self, self.layers[layer]) + entry.kept.long())
         if routed:
-            self.tokens += next(iter(routed.values())).lengths.sum()
+            self.tokens = self.tokens + next(iter(routed.values())).lengths.sum()
 
     def compute(self) -> dict[str, Tensor]:
         usage = {layer: getattr(self, state) / self.tokens for layer, state in self.layers.items()}

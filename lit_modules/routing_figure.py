@@ -48,7 +48,7 @@ def routing_figure(routing: Sequence[Routing | None], *, labels: Sequence[str] =
     last = axes[-1, 0]
     last.set_xlim(-0.5, num_tokens - 0.5)
     if labels:
-        last.set_xticks(range(num_tokens), labels, fontsize=7, family="monospace")
+        last.set_xticks(range(num_tokens), labels, fontsize=8, family="monospace")
         last.tick_params(axis="x", length=0)
     else:
         last.set_xlabel("token", fontsize=8)
@@ -86,7 +86,7 @@ def _draw_head(axis, layer: int, routed: Routing) -> None:
     kept, tau, tokens = stored[:, head].bool().numpy(), float(routed.tau[head]), np.arange(len(scores))
 
     gate = axis.twinx()
-    gate.fill_between(tokens, alpha, color=GATE, alpha=0.25, linewidth=0, step="mid")
+    gate.fill_between(tokens, alpha, color=GATE, alpha=0.2, linewidth=0, step="mid")
     gate.set_ylim(0, 1)
     gate.set_yticks([0, 1])
     gate.tick_params(labelsize=7, colors=GATE, length=2)
@@ -116,7 +116,7 @@ def _legend() -> tuple[list, list[str]]:
         Line2D([], [], color=SCORE),
         Line2D([], [], color=THRESHOLD, linestyle="--"),
         Line2D([], [], color=STORED, marker="o", linestyle="", markersize=4),
-        Patch(color=GATE, alpha=0.25),
+        Patch(color=GATE, alpha=0.2),
         Patch(color=RESETS, alpha=0.45),
     ]
     return handles, ["score", "threshold", "stored", "gate alpha", f"alpha < {RESET}: memory reset"]

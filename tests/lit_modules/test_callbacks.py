@@ -1,0 +1,75 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from lit_modules.callbacks import NextSteps, RNGState, RunSummary, SampleText, usage_table
+from lit_modules.data.text import TextData
+
+
+def draw():
+    return random.random(), np.random.rand(), torch.rand(2).tolist()
+
+
+def test_random_state_survives_a_safe_load(tmp_path):
+    torch.save(RNGState().state_dict(), tmp_path / "state.pt")
+    expected = draw()
+    assert draw() != expected
+    restored = RNGState()
+    restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    restored.on_train_start(None, None)
+    assert draw() == expected
+    restored.on_train_start(None, None)  # only once
+    assert draw() != expected
+
+
+def test_usage_table():
+    usage = {"kv_usage": 0.25, "kv_usage/layer0": 0.1, "kv_usage/layer0/head0": 0.2, "kv_usage/layer0/head1": 0.0}
+    usage |= {f"kv_usage/layer{layer}": 0.4 for layer in (2, 10)} | {"kv_usage/layer10/head0": 0.4}
+    lines = usage_table(usage).splitlines()
+    assert lines[2].split() == ["0", "0.100", "0.200", "0.000"]
+    assert [line.split()[0] for line in lines[2:]] == ["0", "2", "10", "all"]
+    assert lines[-1].split() == ["all", "0.250"]
+
+
+def test_the_end_of_a_fit(tmp_path, capsys, make_trainer, make_model):
+    (tmp_path / "a.txt").write_text("a line of text\n" * 100)
+    data = TextData(paths=[str(tmp_path / "a.txt")], seq_len=32, batch_tokens=64)
+    commands = {"check": "run validate --config {config} --ckpt_path {checkpoint}", "watch": "board {log_dir}"}
+    callbacks = [RunSummary(), SampleText(num_tokens=8), NextSteps(commands=commands)]
+    callbacks.append(ModelCheckpoint(tmp_path / "saved"))
+    trainer = make_trainer(
+        max_steps=2, callbacks=callbacks, logger=CSVLogger(tmp_path, name="logs"), enable_checkpointing=True
+    )
+    model = make_model(vocab_size=256)
+    trainer.fit(model, data)
+    said = capsys.readouterr().out
+    assert "validation after 2 steps: bits per byte" in said
+    assert "KV usage" in said and "a line of text" in said
+    assert "{" not in said and "run validate" not in said  # there is no config.yaml
+    assert f"board {tmp_path / 'logs'}" in said
+
+    (tmp_path / "logs" / "version_0" / "config.yaml").touch()
+    callbacks[2].on_fit_end(trainer, model)
+    said = capsys.readouterr().out
+    assert "config.yaml --ckpt_path" in said and f"{tmp_path / 'saved'}" in said
+
+
+def test_other_data_has_no_sample_and_other_models_no_usage(capsys, make_trainer, make_model, make_mqar):
+    trainer = make_trainer(max_steps=1, callbacks=[RunSummary(), SampleText(), NextSteps(commands={"a": "{config}"})])
+    trainer.fit(make_model(mixer="gdn"), make_mqar())
+    said = capsys.readouterr().out
+    assert "accuracy" in said
+    assert not any(word in said for word in ("sample", "KV usage", "next:"))
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_prompt_of_ones_own(tmp_path, capsys, make_trainer, make_model, temperature):
+    (tmp_path / "a.txt").write_text("a line of text\n" * 100)
+    data = TextData(paths=[str(tmp_path / "a.txt")], seq_len=32, batch_tokens=64)
+    sample = SampleText(prompt="once", num_tokens=3, temperature=temperature)
+    make_trainer(max_steps=1, callbacks=[sample]).fit(make_model(vocab_size=256), data)
+    assert "once|" in capsys.readouterr().out

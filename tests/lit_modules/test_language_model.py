@@ -1,0 +1,157 @@
+import math
+
+import jsonargparse
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.nn import functional as F
+
+from lit_modules import language_model
+from lit_modules.callbacks import RNGState
+from lit_modules.data.text import TextData
+from lit_modules.language_model import LanguageModel
+from mixers import SpecError
+
+
+def test_loss_leaves_out_what_is_not_asked(make_model):
+    model = make_model()
+    hidden, targets = torch.randn(2, 5, 16), torch.randint(0, 33, (2, 5))
+    targets[:, ::2] = -100
+    loss, answers = model.token_loss(hidden, targets)
+    logits = model.decoder.logits(hidden)
+    torch.testing.assert_close(loss, F.cross_entropy(logits[:, 1::2].flatten(0, 1), targets[:, 1::2].flatten()))
+    assert torch.equal(answers, logits.argmax(-1))
+    assert model.token_loss(hidden, torch.full_like(targets, -100))[0] == 0
+
+
+def test_the_loss_in_chunks_is_the_loss_at_once_gradients_too(make_model, monkeypatch):
+    model = make_model(tie_embeddings=False)
+    targets = torch.randint(0, 33, (3, 7)).masked_fill(torch.rand(3, 7) < 0.3, -100)
+    found = []
+    for limit in (2**26, 33 * 4):
+        monkeypatch.setattr(language_model, "LOGITS_AT_ONCE", limit)
+        hidden = torch.randn(3, 7, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        model.zero_grad()
+        loss, answers = model.token_loss(hidden, targets)
+        loss.backward()
+        found.append((loss.detach(), answers, hidden.grad, model.decoder.head.weight.grad))
+    for once, chunked in zip(*found, strict=True):
+        torch.testing.assert_close(chunked, once)
+
+
+def test_a_short_fit_lowers_the_loss_and_logs_what_was_agreed(make_trainer, make_model, make_mqar):
+    model, data = make_model(learning_rate=0.01), make_mqar(curriculum=None, batch_size=16)
+    trainer = make_trainer(max_steps=20, log_every_n_steps=1)
+    before = trainer.validate(model, data, verbose=False)[0]["val/loss"]
+    trainer.fit(model, data)
+    logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    assert logged["val/loss"] < before - 0.2
+    assert logged["val/perplexity"] == pytest.approx(math.exp(logged["val/loss"]), rel=1e-4)
+    assert {"train/loss", "train/accuracy", "train/kv_usage", "val/accuracy", "val/kv_usage/layer1"} <= logged.keys()
+    assert "val/bits_per_byte" not in logged and not any("head" in name for name in logged)
+    heads = [value for name, value in model.last_usage.items() if "head" in name]
+    assert len(heads) == 4 and logged["val/kv_usage"] == pytest.approx(sum(heads) / 4)
+    tested = trainer.test(model, data, verbose=False)[0]
+    assert {"test/loss", "test/accuracy", "test/kv_usage"} <= tested.keys()
+
+
+def test_validation_metrics_against_one_pass_by_hand(make_trainer, make_model, make_mqar):
+    model, data = make_model(mixer="attention", vocab_size=33).eval(), make_mqar()
+    logged = make_trainer().validate(model, data, verbose=False)[0]
+    batches = list(data.val_dataloader())
+    targets = torch.cat([batch["targets"].flatten() for batch in batches])
+    with torch.no_grad():
+        logits = torch.cat([model(batch["tokens"]).flatten(0, 1) for batch in batches])
+    assert logged["val/loss"] == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
+    asked = targets != -100
+    assert logged["val/accuracy"] == pytest.approx((logits.argmax(-1) == targets)[asked].float().mean().item())
+    assert not any("kv_usage" in name for name in logged)
+
+
+@pytest.fixture
+def text(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(60):
+        (folder / f"{i}.txt").write_text(f"{i} is followed by {i + 1}. " * 12)
+
+    def make():
+        return TextData(paths=[str(folder)], seq_len=32, batch_tokens=64, validation_tokens=64, held_out=0.1)
+
+    return make
+
+
+def test_text_is_measured_in_bits_per_byte(make_trainer, make_model, text):
+    logged = make_trainer().validate(make_model(vocab_size=256), text(), verbose=False)[0]
+    assert logged["val/bits_per_byte"] == pytest.approx(logged["val/loss"] / math.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize("task", ["mqar", "text"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(
+    tmp_path, make_trainer, make_model, make_mqar, text, task
+):
+    router = {"name": "learned"} if task == "text" else None
+
+    def fit(name, ckpt_path=None):
+        torch.manual_seed(0 if ckpt_path is None else 99)
+        model = make_model(vocab_size=33 if task == "mqar" else 256, router=router)
+        data = make_mqar(advance_at=0.9) if task == "mqar" else text()
+        saver = ModelCheckpoint(tmp_path / name, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer = make_trainer(
+            max_steps=10,
+            val_check_interval=5,
+            callbacks=[saver, RNGState()],
+            enable_checkpointing=True,
+            log_every_n_steps=1,
+        )
+        trainer.fit(model, data, ckpt_path=ckpt_path, weights_only=True)
+        return model.state_dict(), {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val")}
+
+    whole, metrics = fit("whole")
+    assert metrics
+    for step in (3, 5):  # between validations, and before one
+        resumed, resumed_metrics = fit(f"from{step}", tmp_path / "whole" / f"step={step}.ckpt")
+        assert resumed.keys() == whole.keys()
+        assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+        assert resumed_metrics == metrics
+
+
+def test_a_checkpoint_holds_plain_data_and_loads_without_a_recipe(tmp_path, make_trainer, make_model, make_mqar):
+    mixer = [{"name": "ham", "num_heads": 2, "router": {"name": "learned"}}, "attention"]
+    model = make_model(mixer=mixer, kv_usage=0.5)
+    trainer = make_trainer(max_steps=1, limit_val_batches=0)
+    trainer.fit(model, make_mqar())
+    path = tmp_path / "a.ckpt"
+    trainer.save_checkpoint(path)
+    loaded = LanguageModel.load_from_checkpoint(path, weights_only=True)
+    assert loaded.hparams == model.hparams and loaded.hparams.mixer == mixer
+    tokens = torch.randint(0, 33, (1, 8))
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(tokens), model.eval()(tokens))
+
+
+def test_the_checkpoint_of_another_model_is_one_clear_line(tmp_path, make_trainer, make_model, make_mqar):
+    trainer = make_trainer(max_steps=1, limit_val_batches=0)
+    trainer.fit(make_model(mixer="gdn"), make_mqar())
+    path = tmp_path / "a.ckpt"
+    trainer.save_checkpoint(path)
+    message = "the checkpoint is of another model: mixer is 'gdn' there, 'attention' here$"
+    with pytest.raises(SpecError, match=message):
+        make_trainer().validate(make_model(mixer="attention"), make_mqar(), ckpt_path=path)
+
+
+def test_predict_answers_at_every_position(make_trainer, make_model, make_mqar):
+    model, data = make_model(), make_mqar()
+    answers = make_trainer().predict(model.eval(), data)
+    first = next(iter(data.test_dataloader()))["tokens"]
+    with torch.no_grad():
+        assert torch.equal(answers[0], model(first).argmax(-1))
+
+
+def test_the_command_line_sees_every_option():
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(LanguageModel, "model")
+    flags = ["--model.vocab_size=9", "--model.dim=8", "--model.mixer=gdn*3,attention", "--model.router.name=learned"]
+    model = parser.parse_args(flags).model
+    assert (model.vocab_size, model.dim, model.mixer) == (9, 8, "gdn*3,attention")
+    assert {"kv_usage", "learning_rate", "betas", "warmup_steps", "schedule"} <= set(model.keys())
