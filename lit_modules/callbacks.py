@@ -8,10 +8,12 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
 from lit_modules.generation import generate
 
 say = rank_zero_only(print)
+PROMPT = 64
 
 
 class RNGState(pl.Callback):
@@ -76,7 +78,7 @@ class SampleText(pl.Callback):
     """Prints text that a language model of bytes goes on to write, at the end of a fit. Does nothing for other data.
 
     Args:
-        prompt: what to go on from; None for the beginning of the validation text.
+        prompt: what to go on from; None for 64 bytes of the validation text.
         num_tokens: bytes to write.
         temperature: 0 for the likeliest byte each time.
         seed: of the draws.
@@ -94,11 +96,7 @@ class SampleText(pl.Callback):
         decode = getattr(trainer.datamodule, "decode", None)
         if decode is None:
             return
-        if self.prompt:
-            prompt = torch.tensor([list(self.prompt.encode())])
-        else:
-            batch = next(iter(trainer.datamodule.val_dataloader()))
-            prompt = batch["tokens"][:1, : min(64, int(batch["cu_seqlens"][1]))]
+        prompt = torch.tensor([list(self.prompt.encode())]) if self.prompt else self._from_validation(trainer)
         training = pl_module.training
         pl_module.eval()
         tokens = generate(
@@ -111,6 +109,14 @@ class SampleText(pl.Callback):
         pl_module.train(training)
         prompted, written = decode(tokens[: prompt.shape[1]]), decode(tokens[prompt.shape[1] :])
         say(f"\nsample, temperature {self.temperature}; the model goes on from |:\n{_indent(f'{prompted}|{written}')}")
+
+    @staticmethod
+    def _from_validation(trainer: pl.Trainer) -> Tensor:
+        """The first bytes of the longest piece of text in the first validation batch, (1, T)."""
+        batch = next(iter(trainer.datamodule.val_dataloader()))
+        bounds = batch["cu_seqlens"]
+        longest = int(bounds.diff().argmax())
+        return batch["tokens"][:, bounds[longest] : bounds[longest + 1]][:, :PROMPT]
 
 
 class NextSteps(pl.Callback):

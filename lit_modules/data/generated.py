@@ -16,7 +16,7 @@ class GeneratedData(pl.LightningDataModule):
 
     Args:
         batch_size: sequences per step and rank.
-        batches_per_epoch: training batches between validations, at most: see :func:`lit_modules.data.stream.epoch_batches`.
+        batches_per_epoch: training batches between validations, at most (see :func:`.stream.epoch_batches`).
         num_validation, num_test: sequences in the fixed validation and test sets.
         seed: of all data.
 

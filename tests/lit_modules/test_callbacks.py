@@ -48,7 +48,7 @@ def test_the_end_of_a_fit(tmp_path, capsys, make_trainer, make_model):
     trainer.fit(model, data)
     said = capsys.readouterr().out
     assert "validation after 2 steps: bits per byte" in said
-    assert "KV usage" in said and "a line of text" in said
+    assert "KV usage" in said and "line of text" in said
     assert "{" not in said and "run validate" not in said  # there is no config.yaml
     assert f"board {tmp_path / 'logs'}" in said
 
