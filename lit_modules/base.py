@@ -190,7 +190,8 @@ class SequenceModule(pl.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         hparams = self.hparams
         groups = parameter_groups(self, hparams.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=hparams.learning_rate, betas=tuple(hparams.betas))
+        fused = self.trainer.precision != "16-mixed"  # Lightning cannot clip gradients that a fused step unscales
+        optimizer = torch.optim.AdamW(groups, lr=hparams.learning_rate, betas=tuple(hparams.betas), fused=fused)
         total_steps = self.trainer.estimated_stepping_batches
 
         def factor(step: int) -> float:

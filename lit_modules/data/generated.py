@@ -5,7 +5,7 @@ from abc import abstractmethod
 import lightning.pytorch as pl
 import numpy as np
 
-from lit_modules.data.stream import Batch, BatchStream, FixedBatches, epoch_batches
+from lit_modules.data.stream import Batch, BatchStream, FixedBatches
 from mixers.registry import SpecError
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
@@ -16,7 +16,7 @@ class GeneratedData(pl.LightningDataModule):
 
     Args:
         batch_size: sequences per step and rank.
-        batches_per_epoch: training batches between validations, at most (see :func:`.stream.epoch_batches`).
+        batches_per_epoch: training batches between validations.
         num_validation, num_test: sequences in the fixed validation and test sets.
         seed: of all data.
 
@@ -59,7 +59,7 @@ class GeneratedData(pl.LightningDataModule):
         def make(number: int) -> Batch:
             return self.batch(TRAIN, number, batch_size=self.batch_size, level=self.train_level, rank=rank)
 
-        return BatchStream(make, length=epoch_batches(self.trainer, self.batches_per_epoch))
+        return BatchStream(make, length=self.batches_per_epoch)
 
     def _fixed(self, split: int, num_sequences: int) -> FixedBatches:
         sizes = [min(self.batch_size, num_sequences - i) for i in range(0, num_sequences, self.batch_size)]

@@ -3,8 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import lightning.pytorch as pl
-
 Batch = dict[str, Any]
 
 
@@ -56,16 +54,3 @@ class FixedBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.batches)
-
-
-def epoch_batches(trainer: pl.Trainer | None, longest: int) -> int:
-    """Batches of an epoch: at most ``longest``, and such that the trainer's ``max_steps`` end with an epoch.
-
-    Lightning validates at the end of an epoch, so a run that stopped within one would end without a validation. Where
-    no handy divisor exists, an epoch is ``longest``.
-    """
-    if trainer is None or trainer.max_steps < 1:
-        return longest
-    total = trainer.max_steps * trainer.accumulate_grad_batches
-    fewest = -(-total // longest)
-    return next((total // epochs for epochs in range(fewest, 2 * fewest + 1) if total % epochs == 0), longest)

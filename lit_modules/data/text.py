@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_modules.data.files import find_files, read_texts, split_texts
-from lit_modules.data.stream import Batch, BatchStream, FixedBatches, epoch_batches
+from lit_modules.data.stream import Batch, BatchStream, FixedBatches
 from mixers.registry import SpecError
 
 IGNORED = -100
@@ -65,8 +65,7 @@ class TextData(pl.LightningDataModule):
     """Next-byte prediction on text files; ids are the 256 bytes.
 
     A file is in one split only. The default text differs between versions of Python: compare bits per byte on the same
-    one. What Lightning calls an epoch is one pass over the text or less, see
-    :func:`lit_modules.data.stream.epoch_batches`.
+    one.
 
     Args:
         paths: files and folders; None for the standard library's sources.
@@ -131,7 +130,7 @@ class TextData(pl.LightningDataModule):
         def make(number: int) -> Batch:
             return rows.row(*divmod(number * world_size + rank, rows.num_rows))
 
-        return BatchStream(make, length=epoch_batches(self.trainer, max(1, rows.num_rows // world_size)))
+        return BatchStream(make, length=max(1, rows.num_rows // world_size))
 
     def _fixed(self, split: str) -> FixedBatches:
         rows, (rank, world_size) = self.rows[split], self._ranks()

@@ -42,7 +42,11 @@ def test_the_end_of_a_fit(tmp_path, capsys, make_trainer, make_model):
     callbacks = [RunSummary(), SampleText(num_tokens=8), NextSteps(commands=commands)]
     callbacks.append(ModelCheckpoint(tmp_path / "saved"))
     trainer = make_trainer(
-        max_steps=2, callbacks=callbacks, logger=CSVLogger(tmp_path, name="logs"), enable_checkpointing=True
+        max_steps=2,
+        val_check_interval=2,
+        callbacks=callbacks,
+        logger=CSVLogger(tmp_path, name="logs"),
+        enable_checkpointing=True,
     )
     model = make_model(vocab_size=256)
     trainer.fit(model, data)
@@ -59,8 +63,8 @@ def test_the_end_of_a_fit(tmp_path, capsys, make_trainer, make_model):
 
 
 def test_other_data_has_no_sample_and_other_models_no_usage(capsys, make_trainer, make_model, make_mqar):
-    trainer = make_trainer(max_steps=1, callbacks=[RunSummary(), SampleText(), NextSteps(commands={"a": "{config}"})])
-    trainer.fit(make_model(mixer="gdn"), make_mqar())
+    callbacks = [RunSummary(), SampleText(), NextSteps(commands={"a": "{config}"})]
+    make_trainer(max_steps=1, callbacks=callbacks).fit(make_model(mixer="gdn"), make_mqar(batches_per_epoch=1))
     said = capsys.readouterr().out
     assert "accuracy" in said
     assert not any(word in said for word in ("sample", "KV usage", "next:"))

@@ -1,8 +1,4 @@
-from types import SimpleNamespace
-
-import pytest
-
-from lit_modules.data.stream import BatchStream, FixedBatches, epoch_batches
+from lit_modules.data.stream import BatchStream, FixedBatches
 
 
 def test_a_stream_goes_on_from_epoch_to_epoch_and_from_its_state():
@@ -20,13 +16,3 @@ def test_all_ranks_get_equally_many_fixed_batches_and_every_batch_is_some_ranks(
     shares = [list(FixedBatches(list("abcde"), rank=rank, world_size=3)) for rank in range(3)]
     assert shares == [["a", "d"], ["b", "e"], ["c", "a"]]
     assert list(FixedBatches(list("ab"))) == ["a", "b"]
-
-
-@pytest.mark.parametrize(
-    ("max_steps", "accumulate", "expected"),
-    [(-1, 1, 100), (300, 1, 100), (60, 1, 60), (60, 4, 80), (250, 1, 50), (101, 1, 100), (1, 1, 1)],
-)
-def test_the_last_step_ends_an_epoch(max_steps, accumulate, expected):
-    trainer = SimpleNamespace(max_steps=max_steps, accumulate_grad_batches=accumulate)
-    assert epoch_batches(trainer, 100) == expected
-    assert epoch_batches(None, 100) == 100

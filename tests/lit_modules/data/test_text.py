@@ -84,7 +84,7 @@ def test_ranks_share_an_epoch_and_the_next_epoch_is_in_another_order(folder):
     whole = [batch["tokens"] for batch in made.train_dataloader()]
     shares = []
     for rank in range(2):
-        made.trainer = SimpleNamespace(global_rank=rank, world_size=2, max_steps=-1)
+        made.trainer = SimpleNamespace(global_rank=rank, world_size=2)
         shares.append([batch["tokens"] for batch in made.train_dataloader()])
     assert len(shares[0]) == len(shares[1]) == len(whole) // 2
     assert all(torch.equal(shares[i % 2][i // 2], whole[i]) for i in range(2 * len(shares[0])))
