@@ -34,7 +34,8 @@ class Curriculum(pl.Callback):
         if left == 1:
             return
         share = (trainer.estimated_stepping_batches - self.began) / left
-        if outputs["accuracy"].item() > self.advance_at or trainer.global_step - self.began >= share:
+        accuracy = trainer.strategy.reduce(outputs["accuracy"], reduce_op="mean")  # ranks advance together
+        if accuracy > self.advance_at or trainer.global_step - self.began >= share:
             self.stage += 1
             self.began = trainer.global_step
         pl_module.log("train/level", float(self.level))

@@ -9,9 +9,10 @@ def run(curriculum, *, accuracy, budget, steps=None):
     """The stage that each step's batch is drawn at, for `steps` of a budget."""
     seen = []
     module = SimpleNamespace(log=lambda *args: None)
+    strategy = SimpleNamespace(reduce=lambda accuracy, reduce_op: accuracy)
     for step in steps or range(budget):
         seen.append(curriculum.level)
-        trainer = SimpleNamespace(global_step=step + 1, estimated_stepping_batches=budget)
+        trainer = SimpleNamespace(global_step=step + 1, estimated_stepping_batches=budget, strategy=strategy)
         curriculum.on_train_batch_end(trainer, module, {"accuracy": torch.tensor(accuracy(step))}, None, step)
     return seen
 
