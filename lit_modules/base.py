@@ -128,16 +128,18 @@ class SequenceModule(pl.LightningModule):
 
     # Logging
 
-    def log_step(self, **values: Tensor) -> None:
-        """Logs ``train/...`` values of this step; the batch size is given to spare Lightning the search for it."""
-        self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=1, prog_bar=True)
+    def log_step(self, out: DecoderOutput, **values: Tensor) -> None:
+        """Logs ``train/...`` values of a training step and, on the steps that loggers see, what the mixers report.
 
-    def log_usage(self, out: DecoderOutput) -> None:
-        """Logs the KV usage of a training step, on the steps that are logged at all."""
+        The batch size is given to spare Lightning the search for it.
+        """
+        self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=1, prog_bar=True)
         if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
             usage = KVUsage(sync_on_compute=False)
             usage.update(out.routing)
-            self.log_dict({f"train/{k}": v for k, v in usage.compute().items() if "head" not in k}, batch_size=1)
+            reports = {name: value for name, value in usage.compute().items() if "head" not in name}
+            reports["aux_loss"] = out.aux_loss.detach()
+            self.log_dict({f"train/{name}": value for name, value in reports.items()}, batch_size=1)
 
     def log_metrics(self, stage: str) -> None:
         """Logs all metrics at the end of an evaluation; ``last_usage`` keeps the usage per head."""

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from lit_modules.data.stream import longest_document
 from lit_modules.generation import generate
 
 say = rank_zero_only(print)
@@ -114,9 +115,7 @@ class SampleText(pl.Callback):
     def _from_validation(trainer: pl.Trainer) -> Tensor:
         """The first bytes of the longest piece of text in the first validation batch, (1, T)."""
         batch = next(iter(trainer.datamodule.val_dataloader()))
-        bounds = batch["cu_seqlens"]
-        longest = int(bounds.diff().argmax())
-        return batch["tokens"][:, bounds[longest] : bounds[longest + 1]][:, :PROMPT]
+        return batch["tokens"][:, longest_document(batch["cu_seqlens"])][:, :PROMPT]
 
 
 class NextSteps(pl.Callback):

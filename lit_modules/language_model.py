@@ -77,8 +77,7 @@ class LanguageModel(SequenceModule):
         loss, answers = self.token_loss(out.hidden, batch["targets"])
         asked = batch["targets"] != IGNORED
         accuracy = ((answers == batch["targets"]) & asked).sum() / asked.sum().clamp(min=1)
-        self.log_step(loss=loss.detach(), accuracy=accuracy)
-        self.log_usage(out)
+        self.log_step(out, loss=loss.detach(), accuracy=accuracy)
         return {"loss": loss + out.aux_loss, "accuracy": accuracy}
 
     def evaluation_step(self, batch: dict[str, Tensor]) -> None:

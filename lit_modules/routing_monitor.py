@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from lit_modules.data.stream import longest_document
 from lit_modules.routing_figure import routing_figure
 from mixers.base import Routing
 
@@ -46,7 +47,7 @@ class RoutingMonitor(pl.Callback):
             routing = pl_module.decode(batch).routing
         if all(routed is None for routed in routing):
             return
-        tokens, sequence = first_sequence(batch, routing, max_tokens=self.max_tokens)
+        tokens, sequence = one_sequence(batch, routing, max_tokens=self.max_tokens)
         decode = getattr(trainer.datamodule, "decode", None)
         labels = [visible(decode(token[None])) for token in tokens] if decode else []
         for writer in writers:
@@ -54,16 +55,20 @@ class RoutingMonitor(pl.Callback):
             writer.add_figure("routing/sequence", routing_figure(sequence, labels=labels), trainer.global_step)
 
 
-def first_sequence(
+def one_sequence(
     batch: dict[str, Tensor], routing: list[Routing | None], *, max_tokens: int
 ) -> tuple[Tensor, list[Routing | None]]:
-    """The tokens (T,) and the routing (1, T, H) of the beginning of a batch's first sequence, T <= ``max_tokens``."""
-    end = batch["tokens"].shape[1]
+    """The beginning of a batch's first sequence, of packed ones the longest.
+
+    Returns:
+        Its tokens (T,) and its routing, (1, T, H) in each layer, T <= ``max_tokens``.
+    """
+    part = slice(0, batch["tokens"].shape[1])
     if "cu_seqlens" in batch:
-        end = int(batch["cu_seqlens"][1])
+        part = longest_document(batch["cu_seqlens"])
     elif "padding_mask" in batch:
-        end = int(batch["padding_mask"][0].sum())
-    part = slice(0, min(end, max_tokens))
+        part = slice(0, int(batch["padding_mask"][0].sum()))
+    part = slice(part.start, min(part.stop, part.start + max_tokens))
     cut = [
         routed and replace(routed, scores=routed.scores[:1, part], stored=routed.stored[:1, part], g=routed.g[:1, part])
         for routed in routing

@@ -40,8 +40,7 @@ class SequenceClassifier(SequenceModule):
         logits = self.classify(out.hidden, batch.get("padding_mask"))
         loss = F.cross_entropy(logits, batch["label"])
         accuracy = (logits.detach().argmax(-1) == batch["label"]).float().mean()
-        self.log_step(loss=loss.detach(), accuracy=accuracy)
-        self.log_usage(out)
+        self.log_step(out, loss=loss.detach(), accuracy=accuracy)
         return {"loss": loss + out.aux_loss, "accuracy": accuracy}
 
     def evaluation_step(self, batch: dict[str, Tensor]) -> None:

@@ -6,6 +6,8 @@ first. Ids: 0 is padding, then the marks, then the noise::
     tokens   7 5 9 2 6 6 1 8 3 0 0 0      marks 1, 2, 3: the class is 1 (mark 2)
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -21,7 +23,7 @@ class ClassificationData(GeneratedData):
         num_classes: marks, at least 2.
         num_noise: other ids.
         seq_len: T; a sequence is half of that at least.
-        batch_size, batches_per_epoch, num_validation, num_test, seed: see :class:`GeneratedData`.
+        options: see :class:`lit_modules.data.generated.GeneratedData`.
 
     Raises:
         SpecError: sizes that contradict each other.
@@ -29,25 +31,8 @@ class ClassificationData(GeneratedData):
 
     model = "sequence_classifier"
 
-    def __init__(
-        self,
-        *,
-        num_classes: int = 4,
-        num_noise: int = 16,
-        seq_len: int = 64,
-        batch_size: int = 32,
-        batches_per_epoch: int = 100,
-        num_validation: int = 512,
-        num_test: int = 1024,
-        seed: int = 0,
-    ):
-        super().__init__(
-            batch_size=batch_size,
-            batches_per_epoch=batches_per_epoch,
-            num_validation=num_validation,
-            num_test=num_test,
-            seed=seed,
-        )
+    def __init__(self, *, num_classes: int = 4, num_noise: int = 16, seq_len: int = 64, **options: Any):
+        super().__init__(**options)
         if num_classes < 2:
             raise SpecError(f"num_classes {num_classes} must be at least 2")
         if num_noise < 1:

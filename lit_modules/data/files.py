@@ -49,8 +49,9 @@ def _walk(root: Path, *, skipped: set[str]) -> list[Path]:
 def read_texts(files: list[Path], *, max_bytes: int) -> list[bytes]:
     """The contents of ``files``, without binary ones (a NUL byte) and repeated ones, up to ``max_bytes`` in all.
 
-    Files are taken in an order that scatters them, so that a cap takes a sample of all folders. A progress bar appears
-    if reading takes more than two seconds.
+    Files are taken in an order that scatters them, so that a cap takes a sample of all folders, and texts are in the
+    order of a hash: neither depends on where the files lie. A progress bar appears if reading takes more than two
+    seconds.
 
     Raises:
         SpecError: there is no text in the files.
@@ -58,7 +59,7 @@ def read_texts(files: list[Path], *, max_bytes: int) -> list[bytes]:
     texts: dict[bytes, bytes] = {}
     size = 0
     with tqdm(total=len(files), desc="reading text", unit="file", delay=2, leave=False) as progress:
-        for file in sorted(files, key=lambda file: _digest(file.name.encode() + str(file).encode())):
+        for file in sorted(files, key=lambda file: _digest("/".join(file.parts[-2:]).encode())):
             text = file.read_bytes()[: max_bytes - size]
             progress.update()
             if len(text) < 2 or b"\0" in text:
@@ -70,7 +71,7 @@ def read_texts(files: list[Path], *, max_bytes: int) -> list[bytes]:
                 break
     if not texts:
         raise SpecError(f"no text in {len(files)} files, such as '{files[0]}': each is empty or binary")
-    return list(texts.values())
+    return [texts[key] for key in sorted(texts)]
 
 
 def split_texts(texts: list[bytes], *, held_out: float) -> dict[str, list[bytes]]:

@@ -27,7 +27,15 @@ class GeneratedData(pl.LightningDataModule):
     level = 0
     """How hard validation and test sequences are, where a subclass has levels."""
 
-    def __init__(self, *, batch_size: int, batches_per_epoch: int, num_validation: int, num_test: int, seed: int):
+    def __init__(
+        self,
+        *,
+        batch_size: int = 16,
+        batches_per_epoch: int = 100,
+        num_validation: int = 256,
+        num_test: int = 1024,
+        seed: int = 0,
+    ):
         super().__init__()
         sizes = {"batch_size": batch_size, "batches_per_epoch": batches_per_epoch}
         for name, size in (sizes | {"num_validation": num_validation, "num_test": num_test}).items():

@@ -9,6 +9,8 @@ Ids: 0 is the filler, then the keys, then the values. Keys are distinct within a
 independently, so that no answer can be found by elimination.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -74,7 +76,7 @@ class MQARData(GeneratedData):
         curriculum: number of pairs in each stage, the last being ``num_pairs``; "auto" takes 4, 8, 16, 24, 32, 48, ...
             up to it; None trains on the full task from the start.
         advance_at: training accuracy that ends a stage early.
-        batch_size, batches_per_epoch, num_validation, num_test, seed: see :class:`GeneratedData`.
+        options: see :class:`lit_modules.data.generated.GeneratedData`.
 
     Raises:
         SpecError: sizes that contradict each other.
@@ -92,19 +94,9 @@ class MQARData(GeneratedData):
         power: float = 0.01,
         curriculum: list[int] | str | None = "auto",
         advance_at: float = 0.85,
-        batch_size: int = 16,
-        batches_per_epoch: int = 100,
-        num_validation: int = 256,
-        num_test: int = 1024,
-        seed: int = 0,
+        **options: Any,
     ):
-        super().__init__(
-            batch_size=batch_size,
-            batches_per_epoch=batches_per_epoch,
-            num_validation=num_validation,
-            num_test=num_test,
-            seed=seed,
-        )
+        super().__init__(**options)
         seq_len = seq_len or 4 * num_pairs
         if not 1 <= num_pairs <= num_keys:
             raise SpecError(f"num_pairs {num_pairs} must be in 1..num_keys = 1..{num_keys}: keys are distinct")

@@ -3,7 +3,15 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from torch import Tensor
+
 Batch = dict[str, Any]
+
+
+def longest_document(cu_seqlens: Tensor) -> slice:
+    """Where the longest document of a packed row is, given the bounds (N + 1,) of all."""
+    longest = int(cu_seqlens.diff().argmax())
+    return slice(int(cu_seqlens[longest]), int(cu_seqlens[longest + 1]))
 
 
 class BatchStream:

@@ -92,7 +92,7 @@ class TextData(pl.LightningDataModule):
         max_bytes: int = 100_000_000,
         held_out: float = 0.05,
         validation_tokens: int = 65_536,
-        test_tokens: int = 524_288,
+        test_tokens: int = 262_144,
         seed: int = 0,
     ):
         super().__init__()

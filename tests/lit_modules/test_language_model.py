@@ -47,7 +47,8 @@ def test_a_short_fit_lowers_the_loss_and_logs_what_was_agreed(make_trainer, make
     logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
     assert logged["val/loss"] < before - 0.2
     assert logged["val/perplexity"] == pytest.approx(math.exp(logged["val/loss"]), rel=1e-4)
-    assert {"train/loss", "train/accuracy", "train/kv_usage", "val/accuracy", "val/kv_usage/layer1"} <= logged.keys()
+    assert {f"train/{name}" for name in ("loss", "accuracy", "aux_loss", "kv_usage")} <= logged.keys()
+    assert {"val/accuracy", "val/kv_usage/layer1"} <= logged.keys()
     assert "val/bits_per_byte" not in logged and not any("head" in name for name in logged)
     heads = [value for name, value in model.last_usage.items() if "head" in name]
     assert len(heads) == 4 and logged["val/kv_usage"] == pytest.approx(sum(heads) / 4)

@@ -4,7 +4,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_modules.routing_figure import routing_figure
-from lit_modules.routing_monitor import RoutingMonitor, first_sequence, visible
+from lit_modules.routing_monitor import RoutingMonitor, one_sequence, visible
 
 
 def test_it_writes_usage_thresholds_histograms_and_a_picture(tmp_path, make_trainer, make_model, make_mqar):
@@ -35,23 +35,23 @@ def test_without_routers_or_tensorboard_nothing_happens(tmp_path, make_trainer, 
 def batch_of(kind):
     tokens = torch.randint(0, 33, (1, 12))
     if kind == "packed":
-        return {"tokens": tokens, "cu_seqlens": torch.tensor([0, 7, 12], dtype=torch.int32)}, 7
+        return {"tokens": tokens, "cu_seqlens": torch.tensor([0, 3, 12], dtype=torch.int32)}, slice(3, 12)
     if kind == "padded":
-        return {"tokens": tokens, "padding_mask": torch.arange(12)[None] < 9}, 9
-    return {"tokens": tokens}, 10
+        return {"tokens": tokens, "padding_mask": torch.arange(12)[None] < 9}, slice(0, 9)
+    return {"tokens": tokens}, slice(0, 10)
 
 
 @pytest.mark.parametrize("kind", ["packed", "padded", "plain"])
-def test_the_first_sequence_ends_where_it_ends(make_model, kind):
-    batch, length = batch_of(kind)
+def test_one_sequence_is_cut_out_where_it_is(make_model, kind):
+    batch, part = batch_of(kind)
     model = make_model().eval()
     with torch.no_grad():
         routing = model.decode(batch).routing
-    tokens, cut = first_sequence(batch, [*routing, None], max_tokens=10)
-    assert torch.equal(tokens, batch["tokens"][0, :length])
+    tokens, cut = one_sequence(batch, [*routing, None], max_tokens=10)
+    assert torch.equal(tokens, batch["tokens"][0, part])
     assert cut[-1] is None
-    assert torch.equal(cut[0].scores, routing[0].scores[:1, :length])
-    assert cut[1].stored.shape == cut[1].g.shape == (1, length, 2)
+    assert torch.equal(cut[0].scores, routing[0].scores[:1, part])
+    assert cut[1].stored.shape == cut[1].g.shape == (1, part.stop - part.start, 2)
 
 
 @pytest.mark.parametrize("router", ["cosine", "random", "recency", "static", "all", "none"])

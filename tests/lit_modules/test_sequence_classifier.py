@@ -36,7 +36,7 @@ def test_padding_changes_nothing(make_classifier, mixer):
 
 def test_it_learns_which_mark_came_first(make_trainer, make_classifier, data):
     model = make_classifier(mixer="gdn", learning_rate=0.02, warmup_steps=5)
-    trainer = make_trainer(max_steps=60)
+    trainer = make_trainer(max_steps=100)
     trainer.fit(model, data)
     assert trainer.callback_metrics["val/accuracy"] > 0.9
     assert trainer.callback_metrics["val/loss"] < 0.4
@@ -52,7 +52,7 @@ def test_validation_metrics_against_one_pass_by_hand(make_trainer, make_classifi
     assert logged["val/loss"] == pytest.approx(F.cross_entropy(logits, label).item(), rel=1e-4)
     assert logged["val/accuracy"] == pytest.approx((logits.argmax(-1) == label).float().mean().item())
     assert 0 <= logged["val/kv_usage/layer0"] <= 1
-    assert make_trainer().predict(model, data)[0].shape == (32,)
+    assert make_trainer().predict(model, data)[0].shape == (16,)
 
 
 def test_a_checkpoint_loads_without_a_recipe(tmp_path, make_trainer, make_classifier, data):

@@ -1,3 +1,5 @@
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -77,6 +79,12 @@ def test_no_text_is_in_two_splits(folder):
         names[split] = {text[i : i + 9] for i in range(0, len(text), 9)}
     assert sum(map(len, names.values())) == len(set.union(*names.values())) == 120
     assert len(made.val_dataloader()) == 2
+
+
+def test_it_does_not_matter_where_the_files_lie(folder, tmp_path_factory):
+    moved = shutil.copytree(folder, tmp_path_factory.mktemp("elsewhere") / Path(folder).name)
+    here, there = data(folder), data(str(moved), max_bytes=100_000)
+    assert all(here.rows[split].bytes.tobytes() == there.rows[split].bytes.tobytes() for split in here.rows)
 
 
 def test_ranks_share_an_epoch_and_the_next_epoch_is_in_another_order(folder):
