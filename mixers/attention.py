@@ -11,7 +11,7 @@ from kernels.sequences import pad_packed, positions_in, real_tokens, unpad
 from mixers.base import Mixer, MixerOutput, MixerState
 from mixers.gated_delta_net import new_tokens
 from mixers.kv_cache import KVCache
-from mixers.layers import rotary
+from mixers.layers import ShortConvolution, rotary
 from mixers.registry import SpecError
 
 
@@ -26,6 +26,7 @@ class Attention(Mixer):
         rope: rotate queries and keys by their position; False leaves positions to the rest of the model.
         rope_base: of the rotation's wavelengths, in tokens.
         window: see the last `window` tokens only; 0 sees all.
+        conv_size: taps of a short convolution of q, k and v, as recurrent mixers have; 0 is none.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Attention(Mixer):
         rope: bool = True,
         rope_base: float = 10_000.0,
         window: int = 0,
+        conv_size: int = 0,
     ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
@@ -51,6 +53,7 @@ class Attention(Mixer):
             raise SpecError(f"window must be 0 (none) or a number of tokens, got {window}")
         self.heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         self.qkv = nn.Linear(dim, sum(self.heads) * self.head_dim, bias=False)
+        self.conv = ShortConvolution(self.qkv.out_features, taps=conv_size) if conv_size else None
         self.out = nn.Linear(num_heads * self.head_dim, dim, bias=False)
 
     def init_state(
@@ -58,10 +61,14 @@ class Attention(Mixer):
     ) -> MixerState:
         counts = torch.zeros(batch_size, self.num_kv_heads, dtype=torch.long, device=device or self.out.weight.device)
         cache = KVCache.empty(counts, self.head_dim, self.head_dim, dtype or self.out.weight.dtype, self.window)
-        return MixerState(counts.new_zeros(batch_size), kv=cache)
+        conv = None if self.conv is None else cache.k.new_zeros(batch_size, self.conv.taps - 1, self.qkv.out_features)
+        return MixerState(counts.new_zeros(batch_size), conv=conv, kv=cache)
 
     def mix(self, x: Tensor, state: MixerState | None, cu_seqlens: Tensor | None) -> MixerOutput:
-        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, 2)
+        qkv, conv = self.qkv(x), None
+        if self.conv is not None:
+            qkv, conv = self.conv(qkv, None if state is None else state.conv, cu_seqlens)
+        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(self.heads, 2)
         if cu_seqlens is None:
             real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
             position = torch.arange(x.shape[1], device=x.device)[None]
@@ -83,7 +90,7 @@ class Attention(Mixer):
             # with a window nothing is stored: the cache keeps a token until the window has passed it
             stored = torch.full(k.shape[:3], not self.window, dtype=torch.bool, device=x.device)
             a, cache = state.kv.attend(q, k, v, stored, real, state.length, self.head_dim**-0.5, self.window)
-            state = MixerState(state.length + new_tokens(x, cu_seqlens), kv=cache)
+            state = MixerState(state.length + new_tokens(x, cu_seqlens), conv=conv, kv=cache)
         a = a if cu_seqlens is None else unpad(a, real)
         return MixerOutput(self.out(a.flatten(2)), state)
 

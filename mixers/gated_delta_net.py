@@ -1,6 +1,6 @@
 """Gated DeltaNet (arXiv 2412.06464) and its ancestors: a mixer that is nothing but a recurrent memory.
 
-    y_t = W_o[RMSNorm(r_t) * SiLU(W_g x_t)]         r_t from `mixers.memory`
+    y_t = W_o[RMSNorm(r_t) * SiLU(W_g x_t + b_g)]         r_t from `mixers.memory`
 """
 
 import torch
@@ -54,7 +54,10 @@ class GatedDeltaNet(Mixer):
         )
         inner = self.memory.num_states * self.memory.value_dim
         self.norm = nn.RMSNorm(self.memory.value_dim, eps=norm_eps)
-        self.gate = nn.Linear(dim, inner, bias=False)
+        self.gate = nn.Linear(dim, inner)
+        with torch.no_grad():  # starts near open: a gate of random sign hides what the memory answers (see README)
+            self.gate.weight.mul_(0.3)
+            self.gate.bias.fill_(1.0)
         self.out = nn.Linear(inner, dim, bias=False)
 
     def init_state(

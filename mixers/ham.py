@@ -5,8 +5,8 @@ Per head, with q^, k^, v, g, beta, prediction p, write u and read-out r of the r
     e_t = router(p_t, v_t, u_t, ...)                how badly the memory predicts the token
     m_t = [e_t > tau]                               stored or not
     a_t = sum_{j<=t, m_j} softmax_j(exp(s) q^_t.k^_j) v_j        0 where nothing is stored yet
-    y_t = W_o[(RMSNorm(r_t) + a_t) * SiLU(W_g x_t)]                       combine = "sum"
-    y_t = W_o[(g_RNN RMSNorm(r_t) + g_KV a_t) * SiLU(W_g x_t)]            combine = "gates", g = sigmoid(W x_t) per head
+    y_t = W_o[(g_RNN RMSNorm(r_t) + g_KV a_t) * SiLU(W_g x_t + b_g)]      combine = "gates", g = sigmoid(W x_t) per head
+    y_t = W_o[(RMSNorm(r_t) + a_t) * SiLU(W_g x_t + b_g)]                 combine = "sum"
 
 Both memories share q^, k^ and v; attention has no positions of its own. Without stored tokens the layer is the mixer of
 its recurrent rule.
@@ -52,7 +52,7 @@ class HAM(GatedDeltaNet):
         kv_usage: float = 0.25,
         threshold: str | dict = "calibrated",
         scope: str = "model",
-        combine: str = "sum",
+        combine: str = "gates",
         attention_backend: str = "auto",
         **options,
     ) -> None:

@@ -99,10 +99,11 @@ class Memory(nn.Module):
             self.beta = nn.Linear(dim, self.num_states, bias=False)
         if self.decays:
             self.decay = nn.Linear(dim, self.num_states, bias=False)
-            # as in Mamba2 and fla: rates in [1, 16], time steps log-uniform in [0.001, 0.1]
-            self.A_log = nn.Parameter(torch.empty(self.num_states).uniform_(1, 16).log())
-            step = torch.empty(self.num_states).uniform_(math.log(0.001), math.log(0.1)).exp()
-            self.dt_bias = nn.Parameter(step + (-torch.expm1(-step)).log())  # softplus(dt_bias) = step
+            # the heads start with memories of about 50 to 1000 tokens; rates drawn from [1, 16], as in Mamba2, forget
+            # what a task asks for before the model has learned to ask
+            step = torch.logspace(math.log10(0.02), math.log10(0.001), self.num_states)
+            self.A_log = nn.Parameter(torch.zeros(self.num_states))
+            self.dt_bias = nn.Parameter(step.expm1().log())  # softplus(dt_bias) = step
             self.A_log._no_weight_decay = self.dt_bias._no_weight_decay = True
 
     def init_state(self, batch_size: int, device=None, dtype=None) -> tuple[Tensor, Tensor]:
