@@ -1,0 +1,1 @@
+"""The command line, `python -m recipes`, and the YAML files that describe runs."""

@@ -1,0 +1,84 @@
+"""`python -m recipes <command>`: finds the command, runs it, and turns a user's mistake into one line and exit code 2.
+
+Imports neither torch nor Lightning nor jsonargparse, so that help and lists come at once.
+"""
+
+import argparse
+import importlib
+import sys
+from typing import Any
+
+LIGHTNING = ("fit", "validate", "test", "predict")
+
+# A new command is one line here. Those in FUNCTIONS are plain functions, whose typed arguments become flags.
+COMMANDS = {
+    "fit": ("recipes.cli:main", "train a model:  fit --mixer ham"),
+    "validate": ("recipes.cli:main", "evaluate a checkpoint on the validation split"),
+    "test": ("recipes.cli:main", "evaluate a checkpoint on the test split:  test --ckpt_path last --kv_usage 0.1"),
+    "predict": ("recipes.cli:main", "run a checkpoint over the test split"),
+    "compare": ("recipes.compare:compare", "train several mixers on one task, several seeds, one table"),
+    "bench": ("recipes.bench:bench", "speed head to head"),
+    "ls": ("recipes.listing:ls", "the mixers, routers, thresholds, data and recipes there are"),
+    "show": ("recipes.listing:show", "what one of them is, and its options"),
+}
+FUNCTIONS = ("compare", "bench")
+
+
+def usage() -> str:
+    lines = [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
+    first, last = "usage: python -m recipes <command> [options]", "python -m recipes <command> --help says more."
+    return "\n".join([first, "", *lines, "", last])
+
+
+def run(command: str, args: list[str]) -> int:
+    """Runs a command; returns its exit code. Raises SpecError or argparse.ArgumentError for a user's mistake."""
+    from mixers.registry import unknown
+
+    if command not in COMMANDS:
+        raise unknown("command", command, COMMANDS)
+    if command in LIGHTNING and {"-h", "--help"} & {*args}:
+        from recipes.flags import help_text
+
+        print(help_text(command))
+        return 0
+    module, _, name = COMMANDS[command][0].partition(":")
+    function: Any = getattr(importlib.import_module(module), name)
+    if command in LIGHTNING:
+        return function(command, args)
+    if command not in FUNCTIONS:
+        return function(args)
+    import inspect  # slow to import
+
+    from jsonargparse import auto_cli
+
+    prog = f"python -m recipes {command}"
+    switches = {
+        f"--{key}" for key, p in inspect.signature(function).parameters.items() if p.annotation in (bool, "bool")
+    }
+    args = [f"{arg}=true" if arg in switches else arg for arg in args]
+    auto_cli(function, args=args, prog=prog, as_positional=False, exit_on_error=False, allow_abbrev=False)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after a mistake that one line on stderr has named."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+
+    from mixers.registry import SpecError
+
+    try:
+        return run(argv[0], argv[1:])
+    except (SpecError, argparse.ArgumentError) as error:
+        from recipes.messages import one_line
+
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

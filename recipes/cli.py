@@ -1,0 +1,210 @@
+"""fit, validate, test and predict: LightningCLI with recipes, run folders and checkpoints that speak up."""
+
+import argparse
+import json
+import logging
+import re
+import shutil
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lit_modules.data import DATA
+from mixers import SpecError
+from recipes import checkpoints, flags
+from recipes.callbacks import AskedUsage, SaveConfig
+from recipes.messages import one_line
+
+NOISE = (
+    ".*does not have many workers.*",
+    ".*Experiment logs directory .* exists and is not empty.*",
+    ".*The number of training batches .* is smaller than the logging interval.*",
+    ".*treespec, LeafSpec.*",
+    ".*The dirpath has changed from.*",
+    ".*callbacks used to create the checkpoint need to be provided.*",
+)
+SIGTERM_EXIT = 128 + 15
+say = rank_zero_only(print)
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI for any LightningModule and data module.
+
+    Args:
+        command: fit, validate, test or predict.
+        given: the user's flags.
+    """
+
+    def __init__(self, command: str, given: flags.Flags):
+        self.given = given
+        self.saved: checkpoints.Saved | None = None
+        self.run_dir: Path | None = None
+        super().__init__(
+            args=[command],  # completed in parse_arguments
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            # An evaluation writes no folder of its own.
+            save_config_callback=SaveConfig if command == "fit" else None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": "python -m recipes", "exit_on_error": False, "allow_abbrev": False},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for key in checkpoints.LINKED:
+            target = f"model.init_args.{key}"
+            parser.link_arguments("data", target, compute_fn=partial(self._of_data, key), apply_on="instantiate")
+
+    def _of_data(self, key: str, data: Any) -> Any:
+        """The data's number of tokens or classes; of data that has none, what the user gave the model."""
+        return getattr(data, key, self._get(self.config, "model").init_args.get(key))
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+        command = args[0]
+        recipes = [f"--config={path}" for path in self.given.files()]
+        config = self._parse(command, recipes + self.given.args())
+        path = config.get("ckpt_path")
+        if not path and command != "fit":
+            raise SpecError(f"{command} evaluates a checkpoint: give --ckpt_path PATH, or --ckpt_path last")
+        if path:
+            name = run_name(self.given.mixer or "*", self.given.data_class() or "*")
+            path = checkpoints.find(path, root=Path(config.trainer.default_root_dir), name=f"{name}-*")
+            self.saved = checkpoints.read(path)
+            self._check_mixer()
+            saved = json.dumps(self.saved.config(command, with_data=self.given.data_class() in (None, self.saved.data)))
+            args = [*recipes, f"--config={saved}", *self.given.args(with_mixer=False), f"--ckpt_path={path}"]
+            config = self._parse(command, args)
+            self.saved.check(config.model.as_dict())
+            if command == "fit" and 0 < config.trainer.max_steps <= self.saved.step:
+                raise SpecError(f"{path} is at step {self.saved.step} of {config.trainer.max_steps}; give more --steps")
+
+    def _parse(self, command: str, args: list[str]) -> Any:
+        try:
+            self.config = self.parser.parse_args([command, *args])
+        except argparse.ArgumentError as error:
+            raise SpecError(one_line(str(error), known=self._known_flags(command))) from error
+        return self.config[command]
+
+    def _known_flags(self, command: str) -> list[str]:
+        parser = self._subcommand_parsers[command]
+        config = parser.parse_args([f"--config={path}" for path in self.given.files()])
+        parts = [part for part in ("model", "data") if config.get(part)]
+        init_args = [f"{part}.{key}" for part in parts for key in vars(config[part].init_args)]
+        return [*init_args, *(option.removeprefix("--") for option in parser._option_string_actions)]
+
+    def _check_mixer(self) -> None:
+        if self.given.mixer:
+            saved, asked = flags.mixer_names(self.saved.hparams["mixer"]), self.given.names()
+            if asked != saved:
+                raise SpecError(f"{self.saved.path} was trained with mixer {','.join(saved)}, not {','.join(asked)}")
+
+    def _parse_ckpt_path(self) -> None:
+        """Does nothing: parse_arguments has done it, before the flags."""
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            if mistake := mistake_in(error):
+                raise mistake from error
+            raise
+        for key in checkpoints.LINKED:  # Lightning writes links down even where the model has no such argument
+            if self.model.hparams.get(key, key) is None:
+                del self.model.hparams[key]
+        if self.saved:
+            self._check_data()
+
+    def _check_data(self) -> None:
+        for key in checkpoints.LINKED:
+            saved, ours = self.saved.hparams.get(key), self.model.hparams.get(key)
+            if saved != ours:
+                data = type(self.datamodule).__name__
+                raise SpecError(f"{self.saved.path} was trained with {key} {saved}, but {data} has {ours}")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self._get(self.config_init, "trainer")
+        writes = self.subcommand == "fit" and not config["fast_dev_run"]
+        if config["logger"] in (None, True):
+            kwargs["logger"] = self._loggers(Path(config["default_root_dir"])) if writes else False
+        # Recipes bring a progress bar and checkpoints; a flag that forbids them is enough.
+        enabled = {ProgressBar: config["enable_progress_bar"], Checkpoint: config["enable_checkpointing"] and writes}
+        unwanted = tuple(kind for kind, flag in enabled.items() if flag is False)
+        callbacks = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
+        kwargs["callbacks"] = [c for c in callbacks if c and not isinstance(c, unwanted)]
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except ValueError as error:
+            raise SpecError(one_line(str(error))) from error
+        asked = self._get(self.config, "model").init_args.get("kv_usage")
+        if self.saved and asked != self.saved.hparams.get("kv_usage"):
+            trainer.callbacks.append(AskedUsage(asked))
+        return trainer
+
+    def _loggers(self, root: Path) -> list[Any]:
+        """TensorBoard and CSV in one folder of the run's own: runs/<mixer>-<data>-<number>."""
+        model, data = self._get(self.config, "model").init_args, self._get(self.config, "data")
+        mixer = self.given.mixer or ",".join(dict.fromkeys(flags.mixer_names(model.get("mixer", "own"))))
+        name = run_name(mixer, data.class_path if data else "own")
+        numbers = [int(match[1]) for path in root.glob(f"{name}-*") if (match := re.search(r"-(\d+)$", path.name))]
+        self.run_dir = root / f"{name}-{max(numbers, default=0) + 1}"
+        where = {"save_dir": root, "name": "", "version": self.run_dir.name}
+        return [TensorBoardLogger(**where, default_hp_metric=False), CSVLogger(**where)]
+
+    def fit(self, model: LightningModule, **kwargs: Any) -> None:
+        """Trains. A mistake of the user's that only shows now, as in the data's files, leaves no folder behind."""
+        try:
+            self.trainer.fit(model, **kwargs)
+        except SIGTERMException:
+            saved = self.trainer.checkpoint_callback and self.trainer.checkpoint_callback.last_model_path
+            say(f"\nstopped by SIGTERM; go on with\n  python -m recipes fit --ckpt_path {saved}" if saved else "")
+            raise
+        except SpecError:
+            if self.run_dir and self.trainer.global_step == 0:
+                shutil.rmtree(self.run_dir, ignore_errors=True)
+            raise
+
+    def before_fit(self) -> None:
+        size = sum(p.numel() for p in self.model.parameters()) / 1e6
+        where = f"; writes to {self.run_dir}" if self.run_dir else ""
+        say(f"{type(self.model).__name__} with {size:.2f} M parameters{where}")
+
+
+def mistake_in(error: BaseException | None) -> SpecError | None:
+    """The user's mistake behind an error, if there is one: jsonargparse wraps what a constructor raises."""
+    while error:
+        if isinstance(error, SpecError):
+            return error
+        if isinstance(error, MisconfigurationException):
+            return SpecError(one_line(str(error)))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def run_name(mixer: str, data_class: str) -> str:
+    """What a run is called before its number, such as ham-text; "*" stays as it is."""
+    names = {path.replace(":", "."): name for name, path in DATA.items()}
+    data = names.get(data_class, data_class.rpartition(".")[2].lower())
+    return "-".join(part if part == "*" else re.sub(r"[^\w-]+", "_", part).strip("_") for part in (mixer, data))
+
+
+def main(command: str, args: list[str]) -> int:
+    """Runs a command; returns its exit code: 143 after SIGTERM. Raises SpecError for a user's mistake."""
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    given = flags.parse(args)
+    given.rest = ["--help" if arg == "--help_all" else arg for arg in given.rest]
+    try:
+        cli = RecipeCLI(command, given)
+    except SIGTERMException:  # a SystemExit without a code, which would read as success
+        return SIGTERM_EXIT
+    return SIGTERM_EXIT if cli.trainer.received_sigterm else 0

@@ -1,0 +1,99 @@
+"""One run of a comparison: train a model on a task with Lightning, test it, and weigh what it remembers."""
+
+import importlib
+import logging
+import time
+import warnings
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from kernels.dispatch import CHOSEN
+from lit_modules.base import SequenceModule, with_options
+from lit_modules.data import DATA, MODELS
+from mixers.base import kv_cache_bytes, state_bytes
+from mixers.registry import SpecError, unknown
+
+METRIC = {"mqar": "accuracy", "classification": "accuracy", "text": "bits_per_byte"}
+MODEL_DEFAULTS = {
+    "mqar": {"dim": 64, "depth": 2, "tie_embeddings": False, "learning_rate": 6e-3},
+    "classification": {"dim": 64, "depth": 2},
+    "text": {"dim": 128, "depth": 2},
+}
+DATA_DEFAULTS = {"text": {"batch_tokens": 2048, "seq_len": 256}}
+
+
+def build(run: dict[str, Any]) -> tuple[SequenceModule, pl.LightningDataModule]:
+    """The model and the data of a run. Raises SpecError for a mistake in either."""
+    name = run["data"]
+    if name not in DATA:
+        raise unknown("data", name, DATA)
+    data_class = _load(DATA[name])
+    model_class = _load(MODELS[data_class.model])
+    pl.seed_everything(run["seed"], verbose=False)
+    try:
+        data = data_class(seed=run["seed"], **DATA_DEFAULTS.get(name, {}) | run["data_options"])
+        sizes = {key: getattr(data, key) for key in ("vocab_size", "num_classes") if hasattr(data, key)}
+        model = model_class(
+            mixer=with_options(run["mixer"], **run["options"]),
+            **sizes,
+            **MODEL_DEFAULTS.get(name, {}) | run["model_options"],
+        )
+    except TypeError as error:
+        raise SpecError(str(error)) from error
+    return model, data
+
+
+def train(run: dict[str, Any]) -> dict[str, Any]:
+    """Trains and tests; the run with its results, as plain data."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    for noisy in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    model, data = build(run)
+    trainer = pl.Trainer(
+        max_steps=run["steps"],
+        max_epochs=-1,
+        accelerator="auto",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        gradient_clip_val=1.0,
+    )
+    start = time.perf_counter()
+    trainer.fit(model, data)
+    seconds = time.perf_counter() - start
+    tested = {name.removeprefix("test/"): value for name, value in trainer.test(model, data, verbose=False)[0].items()}
+    batch = next(iter(data.test_dataloader()))
+    return run | {
+        "metric": METRIC[run["data"]],
+        **tested,
+        **{name: value for name, value in model.last_usage.items() if "head" in name},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": round(seconds, 1),
+        **remembered(model, batch),
+        "backends": dict(CHOSEN),
+    }
+
+
+@torch.no_grad()
+def remembered(model: SequenceModule, batch: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Bytes held after reading the batch's first sequence: recurrent state, and keys and values."""
+    tokens = batch["tokens"][:1]
+    if "cu_seqlens" in batch:
+        tokens = tokens[:, : int(batch["cu_seqlens"][1])]
+    elif "padding_mask" in batch:
+        tokens = tokens[:, batch["padding_mask"][0]]
+    decoder = model.decoder.eval()
+    tokens = tokens.to(decoder.embedding.weight.device)
+    state = decoder(tokens, state=decoder.init_state(1)).state
+    return {"tokens": tokens.shape[1], "state_bytes": state_bytes(state), "kv_bytes": kv_cache_bytes(state)}
+
+
+def _load(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)

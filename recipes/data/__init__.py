@@ -1,0 +1,1 @@
+"""The recipes of --data: what to train on, for how long, and the model that fits it."""

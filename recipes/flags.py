@@ -1,0 +1,176 @@
+"""The short flags of fit, validate, test and predict, rewritten to LightningCLI's long ones before it parses them.
+
+    --mixer ham      the recipe recipes/ham.yaml, if there is one; otherwise a mixer's name, class path or pattern
+    --data mqar      the recipe recipes/data/mqar.yaml, or the class path of a data module
+
+Recipes come first, whatever the order of the flags, so that every other flag, and every --config, wins over them.
+"""
+
+import importlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lit_modules.data import DATA, MODELS
+from mixers.registry import MIXERS, Registry, SpecError, parse_pattern, unknown
+
+RECIPES = Path(__file__).parent
+BASE = RECIPES / "base.yaml"
+DEFAULTS = {"mixer": "ham", "data": "text"}
+
+DATA_MODULES = Registry(
+    kind="data", base="lightning.pytorch:LightningDataModule", group="lightning_mixers.data", builtin=DATA
+)
+
+# Short flags that are only shorter.
+RENAMED = {"--kv_usage": "--model.kv_usage", "--steps": "--trainer.max_steps", "--seed": "--seed_everything"}
+HELP = {
+    "--mixer NAME": "a recipe or mixer (`python -m recipes ls`), a pattern such as gdn*3,attention, or a class path",
+    "--router NAME": "of a mixer that has one: a router's name or class path",
+    "--kv_usage U": "share of the tokens that are stored, 0..1; with --ckpt_path too",
+    "--data NAME": "text, mqar, classification, or the class path of a data module",
+    "--steps N": "training steps",
+    "--seed N": "seed of the initial weights (--data.seed: of the data)",
+    "--plugin MODULE": "import this module first, so that it can register mixers and routers",
+    "--ckpt_path PATH": "a checkpoint, or last: the newest one of the runs with this --mixer and --data, if given",
+}
+
+
+def recipes() -> dict[str, Path]:
+    """Recipe name -> file, for --mixer."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml")) if path != BASE}
+
+
+def data_recipes() -> dict[str, Path]:
+    """Recipe name -> file, for --data."""
+    return {path.stem: path for path in sorted((RECIPES / "data").glob("*.yaml"))}
+
+
+@dataclass
+class Flags:
+    """A command line, taken apart.
+
+    Attributes:
+        mixer, data: the short flags, None where they were not given.
+        rest: all other flags, as long ones, in the user's order.
+    """
+
+    mixer: str | None = None
+    data: str | None = None
+    rest: list[str] = field(default_factory=list)
+
+    def files(self) -> list[Path]:
+        """The recipes to read first, in order."""
+        mixer, data = self.mixer or DEFAULTS["mixer"], self.data or DEFAULTS["data"]
+        found = [BASE, data_recipes().get(data), recipes().get(mixer)]
+        return [path for path in found if path]
+
+    def names(self) -> list[str]:
+        """Of --mixer, what its recipe or pattern is made of: registered names, in order."""
+        import yaml
+
+        file = recipes().get(self.mixer or "")
+        pattern = yaml.safe_load(file.read_text())["model"]["init_args"]["mixer"] if file else self.mixer
+        return mixer_names(pattern)
+
+    def data_class(self) -> str | None:
+        """Of --data, the class path."""
+        return DATA_MODULES.origin(self.data).replace(":", ".") if self.data else None
+
+    def args(self, *, with_mixer: bool = True) -> list[str]:
+        """The flags that follow the recipes; `with_mixer=False` leaves out --mixer and its recipe's part."""
+        args: list[str] = []
+        if self.data and self.data not in data_recipes():
+            args += _data_args(self.data, self.rest)
+        if with_mixer and self.mixer and self.mixer not in recipes():
+            args += ["--model.mixer", _spec(self.mixer)]
+        return args + self.rest
+
+
+def mixer_names(pattern: Any) -> list[str]:
+    """The registered names in a pattern, aliases resolved."""
+    return [MIXERS.aliases().get(spec["name"], spec["name"]) for spec in parse_pattern(pattern)]
+
+
+def parse(args: list[str]) -> Flags:
+    """Takes a command line apart, and imports its plug-ins.
+
+    Raises:
+        SpecError: a short flag without a value, an unknown mixer, or a plug-in that cannot be imported.
+    """
+    flags = Flags()
+    for flag, value in _short(args, flags.rest):
+        if flag == "--plugin":
+            _import(value)
+        elif flag == "--router":
+            flags.rest += ["--model.router", _spec(value)]
+        elif flag in RENAMED:
+            flags.rest += [RENAMED[flag], value]
+        else:
+            setattr(flags, flag.removeprefix("--"), value)
+    if flags.mixer and flags.mixer not in recipes():
+        _check_mixer(flags.mixer)
+    return flags
+
+
+def _short(args: list[str], rest: list[str]) -> Iterator[tuple[str, str]]:
+    """Yields the short flags with their values; whatever else there is goes to `rest`, in order."""
+    known = {"--mixer", "--data", "--router", "--plugin", *RENAMED}
+    words = iter(args)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag not in known:
+            rest.append(word)
+            continue
+        value = value if equals else next(words, "")
+        if not value or value.startswith("--"):
+            raise SpecError(f"{flag} needs a value")
+        yield flag, value
+
+
+def _spec(value: str) -> str:
+    """A lone name as a mapping, so that `--model.mixer.num_heads 4` can add to it; anything else as it is."""
+    is_name = value.replace(".", "").replace(":", "").isidentifier()
+    return json.dumps({"name": value}) if is_name else value
+
+
+def _check_mixer(value: str) -> None:
+    if value.lstrip()[:1] in "{[":  # a whole spec or pattern; the model will check it
+        return
+    for spec in parse_pattern(value):
+        if spec["name"] not in MIXERS.names():
+            try:
+                MIXERS.origin(spec["name"])
+            except SpecError:
+                raise unknown("mixer", spec["name"], MIXERS.names(), hints=[*recipes(), *MIXERS.aliases()]) from None
+
+
+def _import(module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise SpecError(f"cannot import {module!r}: {error}") from error
+
+
+def _data_args(data: str, rest: list[str]) -> list[str]:
+    """Flags for a data module that has no recipe, and for the model that it says it fits."""
+    module = DATA_MODULES.get(data)
+    model = MODELS.get(getattr(module, "model", None))
+    args = ["--data", f"{module.__module__}.{module.__qualname__}"]
+    return ["--model", model.replace(":", "."), *args] if model and "--model" not in rest else args
+
+
+def help_text(command: str) -> str:
+    lines = [f"  {flag:<18}{text}" for flag, text in HELP.items()]
+    return "\n".join(
+        [
+            f"usage: python -m recipes {command} [options]",
+            "",
+            *lines,
+            "",
+            "and every flag of LightningCLI, such as --trainer.precision, --model.dim, --data.seq_len or --config;",
+            f"python -m recipes {command} --help_all lists them, --print_config shows what would run.",
+        ]
+    )

@@ -1,0 +1,102 @@
+"""ls and show: what there is, by name. `ls` imports no torch: it reads docstrings from source files."""
+
+import argparse
+import ast
+import contextlib
+import functools
+import importlib.util
+import inspect
+import textwrap
+from pathlib import Path
+
+from mixers.registry import MIXERS, ROUTERS, THRESHOLDS, Registry, unknown
+from recipes.flags import DATA_MODULES, data_recipes, recipes
+
+REGISTRIES = {"mixers": MIXERS, "routers": ROUTERS, "thresholds": THRESHOLDS, "data": DATA_MODULES}
+
+
+def ls(args: list[str]) -> int:
+    """Prints the name, the class and one line about every part that can be named on the command line."""
+    parser = argparse.ArgumentParser(prog="python -m recipes ls", description=ls.__doc__)
+    kinds = [*REGISTRIES, "recipes"]
+    parser.add_argument("kind", nargs="*", metavar="KIND", help=f"of {', '.join(kinds)}; all by default")
+    asked = parser.parse_args(args).kind or kinds
+    for kind in asked:
+        if kind not in kinds:
+            raise unknown("kind", kind, kinds)
+    print("\n\n".join(_table(kind) for kind in asked))
+    return 0
+
+
+def show(args: list[str]) -> int:
+    """Prints a recipe as it would be run, or the docstring and the options of a mixer, router, threshold or data."""
+    parser = argparse.ArgumentParser(prog="python -m recipes show", description=show.__doc__)
+    parser.add_argument("name", metavar="NAME", help="one of those that ls prints")
+    name = parser.parse_args(args).name
+    files = {"--mixer": recipes(), "--data": data_recipes()}
+    registries = [registry for registry in REGISTRIES.values() if name in [*registry.names(), *registry.aliases()]]
+    flags = [flag for flag, by_name in files.items() if name in by_name]
+    if not registries and not flags:
+        raise unknown("name", name, sorted({*_all_names(), *files["--mixer"], *files["--data"]}))
+    for registry in registries:
+        print(_described(registry, name), end="\n\n")
+    for flag in flags:
+        print(f"recipe {name}: {_comment(files[flag][name])}\n", flush=True)
+        _print_config(flag, name)
+    return 0
+
+
+def _all_names() -> list[str]:
+    return [name for registry in REGISTRIES.values() for name in registry.names()]
+
+
+def _print_config(flag: str, name: str) -> None:
+    from recipes.cli import main
+
+    with contextlib.suppress(SystemExit):  # LightningCLI exits after printing
+        main("fit", [flag, name, "--print_config=skip_null"])
+
+
+def _table(kind: str) -> str:
+    if kind == "recipes":
+        rows = [(name, "--mixer", _comment(path)) for name, path in recipes().items()]
+        rows += [(name, "--data", _comment(path)) for name, path in data_recipes().items()]
+    else:
+        registry = REGISTRIES[kind]
+        rows = [(name, registry.origin(name), _summary(registry.origin(name))) for name in registry.names()]
+        rows += [(alias, f"= {name}", "") for alias, name in registry.aliases().items()]
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
+    lines = [f"  {name:<{widths[0]}}  {origin:<{widths[1]}}  {text}".rstrip() for name, origin, text in rows]
+    return "\n".join([kind, *lines])
+
+
+def _comment(path: Path) -> str:
+    return path.read_text().partition("\n")[0].lstrip("# ")
+
+
+def _summary(origin: str) -> str:
+    """The beginning of a class's docstring, or of its module's, from the source; "" if it cannot be read."""
+    module, _, name = origin.partition(":")
+    try:
+        tree = _parsed(module)
+    except (ValueError, AttributeError, StopIteration, OSError, SyntaxError):
+        return ""
+    classes = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    docstring = ast.get_docstring(next(classes, tree)) or ast.get_docstring(tree) or ""
+    return textwrap.shorten(docstring.partition("\n\n")[0], width=90, placeholder=" ...")
+
+
+@functools.cache
+def _parsed(module: str) -> ast.Module:
+    top, *below = module.split(".")
+    roots = importlib.util.find_spec(top).submodule_search_locations  # of the top package: imports nothing
+    paths = [Path(root, *below) for root in roots]
+    files = [file for path in paths for file in (path.with_suffix(".py"), path / "__init__.py")]
+    return ast.parse(next(file for file in files if file.exists()).read_text())
+
+
+def _described(registry: Registry, name: str) -> str:
+    """The docstring and the options of a part."""
+    docstring = inspect.getdoc(registry.get(name)) or ""
+    options = [f"  {option}" for option in registry.options(name).values() if option.default is not option.empty]
+    return "\n".join([f"{registry.kind} {name}: {registry.origin(name)}", "", docstring, "", "options", *options])

@@ -1,0 +1,35 @@
+"""jsonargparse's errors, which are trees over many lines, as one line."""
+
+import difflib
+import re
+from collections.abc import Iterable
+
+KEY = re.compile(r'Parser key "([^"]+)":?\s*')
+# What tells a user nothing: that a value fits no member of a union, and how that union is spelled.
+NOISE = re.compile(r"(- )?(Does not validate|Subtypes:|Errors:|Given value|Problem with given|Expected a path)")
+EXPECTED = re.compile(r"(?:- )?Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing\.(Literal\[.*\]))$")
+UNKNOWN_FLAG = re.compile(r"(?:[Oo]ption|arguments:) '?(?:--)?([\w.]+)")
+
+
+def one_line(message: str, known: Iterable[str] = ()) -> str:
+    """The message without line breaks; of a jsonargparse error, the parts that matter, in the words of the flags.
+
+    Args:
+        message: an error's text.
+        known: flags without their dashes; the nearest is suggested if the error is about one that does not exist.
+    """
+    lines = [line.strip() for line in message.splitlines()]
+    key = ".".join(KEY.findall(message)).replace("init_args.", "")
+    given = next((line.partition(": ")[2] for line in lines if line.startswith("Given value: ")), "")
+    lines = [KEY.sub("", line) for line in lines]
+    expected = [match[1] or match[2] for line in lines if (match := EXPECTED.match(line))]
+    facts = [line.removeprefix("- ") for line in lines if line and not NOISE.match(line) and not EXPECTED.match(line)]
+    if not facts and expected:
+        kinds = [kind for kind in dict.fromkeys(expected) if kind != "NoneType"]
+        facts = [f"expected {' or '.join(kinds)}, got {given}"]
+    text = re.sub(r"<class '([^']+)'>", r"\1", " ".join(dict.fromkeys(facts)))
+    if match := UNKNOWN_FLAG.search(text):
+        name = f"{key}.{match[1]}" if key else match[1].replace("init_args.", "")
+        close = difflib.get_close_matches(name, list(known), n=1)
+        text += f". Did you mean --{close[0]}?" if close else ""
+    return f"{key}: {text}" if key else text
