@@ -49,5 +49,5 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, tokens: int) -> None:
     if batch != 1:
         raise ValueError(f"cu_seqlens needs a batch of one packed row, got {batch} rows")
     bounds = cu_seqlens.tolist()
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in zip(bounds, bounds[1:])):
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != tokens or bounds != sorted(bounds):
         raise ValueError(f"cu_seqlens must rise from 0 to {tokens} (the tokens of the row), got {bounds}")

@@ -1,6 +1,6 @@
 """Softmax attention (arXiv 1706.03762), grouped queries (arXiv 2305.13245), rotary positions, optional window.
 
-    y_t = W_o sum_{j<=t} softmax_j(q_t.k_j / sqrt(K)) v_j         j > t - window where there is one
+y_t = W_o sum_{j<=t} softmax_j(q_t.k_j / sqrt(K)) v_j         j > t - window where there is one
 """
 
 import torch

@@ -125,7 +125,9 @@ class Mixer(nn.Module):
     def _without_padding(self, x, state, cu_seqlens, mask) -> MixerOutput:
         """Pack the real tokens into one row, mix, and put everything back: padding never reaches a mixer."""
         if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
-            raise ValueError(f"padding_mask must be bool {tuple(x.shape[:2])} (B, T), got {mask.dtype} {(*mask.shape,)}")
+            raise ValueError(
+                f"padding_mask must be bool {tuple(x.shape[:2])} (B, T), got {mask.dtype} {(*mask.shape,)}"
+            )
         if cu_seqlens is None:
             real = mask.sum(1).cumsum(0)
         else:
@@ -139,9 +141,7 @@ class Mixer(nn.Module):
 
         routing = out.routing
         if routing is not None:
-            routing = replace(
-                routing, scores=back(routing.scores), stored=back(routing.stored), g=back(routing.g)
-            )
+            routing = replace(routing, scores=back(routing.scores), stored=back(routing.stored), g=back(routing.g))
         return replace(out, hidden=back(out.hidden), routing=routing)
 
 

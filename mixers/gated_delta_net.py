@@ -1,6 +1,6 @@
 """Gated DeltaNet (arXiv 2412.06464) and its ancestors: a mixer that is nothing but a recurrent memory.
 
-    y_t = W_o[RMSNorm(r_t) * SiLU(W_g x_t + b_g)]         r_t from `mixers.memory`
+y_t = W_o[RMSNorm(r_t) * SiLU(W_g x_t + b_g)]         r_t from `mixers.memory`
 """
 
 import torch

@@ -75,7 +75,9 @@ class KVCache:
         behind = new_position[:, None, :, None] - position[:, :, None, :]  # (N, H, T, P + T)
         seen = valid[:, :, None] & (behind >= 0) & (stored_all[:, :, None] | (behind < window))
         rows = q.unflatten(2, (H, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # (N H, groups, T, K)
-        o = attend(rows, k_all.flatten(0, 1).to(q.dtype), v_all.flatten(0, 1).to(q.dtype), seen.flatten(0, 1), scale=scale)
+        o = attend(
+            rows, k_all.flatten(0, 1).to(q.dtype), v_all.flatten(0, 1).to(q.dtype), seen.flatten(0, 1), scale=scale
+        )
         o = o.unflatten(0, (N, H)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
         end = (length + real.sum(1))[:, None, None]  # the next query's position

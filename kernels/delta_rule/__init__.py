@@ -63,7 +63,9 @@ def gated_delta_rule(
     if initial_state is None:
         initial_state = v.new_zeros(N, HV, K, V, dtype=exact)
     elif initial_state.shape != (N, HV, K, V):
-        raise ValueError(f"initial_state must be {(N, HV, K, V)} (sequences, HV, K, V), got {tuple(initial_state.shape)}")
+        raise ValueError(
+            f"initial_state must be {(N, HV, K, V)} (sequences, HV, K, V), got {tuple(initial_state.shape)}"
+        )
     if T == 0:
         return v, v.to(exact), initial_state.to(exact)
     o, prediction, state = run(
@@ -79,7 +81,9 @@ def gated_delta_rule(
 def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> None:
     B, T, HV = v.shape[:3]
     if q.shape != k.shape or k.shape[:2] != (B, T):
-        raise ValueError(f"q, k (B, T, H, K) and v (B, T, HV, V) do not fit: {(*q.shape,)}, {(*k.shape,)}, {(*v.shape,)}")
+        raise ValueError(
+            f"q, k (B, T, H, K) and v (B, T, HV, V) do not fit: {(*q.shape,)}, {(*k.shape,)}, {(*v.shape,)}"
+        )
     if HV % k.shape[2]:
         raise ValueError(f"the value heads ({HV}) must be a multiple of the key heads ({k.shape[2]})")
     for name, x in (("g", g), ("beta", beta)):

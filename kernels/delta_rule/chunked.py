@@ -70,16 +70,16 @@ class _Chunks(torch.autograd.Function):
             N = ek.mT @ XV
         starts, final = _scan(M, N, state, sizes)
         if delta:
-            FK, O, XKS = (torch.cat([fk, fq, XK], 1) @ starts).split(C, 1)
+            FK, out, XKS = (torch.cat([fk, fq, XK], 1) @ starts).split(C, 1)
             U = XV - XKS
         else:
-            FK, O = (torch.cat([fk, fq], 1) @ starts).split(C, 1)
+            FK, out = (torch.cat([fk, fq], 1) @ starts).split(C, 1)
             U = XV
-        P, O = torch.baddbmm(FK, A, U), torch.baddbmm(O, Qm, U)
+        P, out = torch.baddbmm(FK, A, U), torch.baddbmm(out, Qm, U)
         ctx.save_for_backward(q, k, v, beta, D, f, e, A, Qm, X, M, starts, U, P)
         ctx.sizes, ctx.delta, ctx.state_shape = sizes, delta, state.shape
         ctx.set_materialize_grads(False)
-        return O, P, final
+        return out, P, final
 
     @staticmethod
     @once_differentiable

@@ -1,6 +1,6 @@
 """Softmax attention that sees the stored tokens alone (the attention side of HAM, arXiv 2603.22325).
 
-    o_t = sum_j softmax_j(scale q_t.k_j + bias_j) v_j      over j <= t, of the same sequence, with stored_j or t - j < window
+    o_t = sum_j softmax_j(scale q_t.k_j + bias_j) v_j   over j <= t of the same sequence with stored_j or t - j < window
 
 and o_t = 0 exactly where that set is empty.
 """

@@ -44,7 +44,7 @@ def routed_attention(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
-    """Softmax attention of q (R, groups, T, K) over k, v (R, M, .), rows R; `seen` (R or 1, T, M); -> (R, groups, T, V).
+    """Softmax attention of q (R, groups, T, K) over k, v (R, M, .), rows R; `seen` (R or 1, T, M) -> (R, groups, T, V).
 
     A query that sees nothing reads exact zeros with finite gradients: it sees one extra key, whose value is zero.
     """
@@ -71,7 +71,7 @@ def _masked(q, k, v, stored, bias, scale, window):
 
 def _gathered(q, k, v, stored, bias, scale, _window):
     """Stored keys only, row by row of like size."""
-    shape, T = q.shape[:2], q.shape[3]
+    shape = q.shape[:2]
     q, k, v, stored = (x.flatten(0, 1) for x in (q, k, v, stored))
     bias = None if bias is None else bias.flatten(0, 1)
     counts, order = stored.sum(1).sort(descending=True)

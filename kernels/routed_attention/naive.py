@@ -1,4 +1,4 @@
-"""Attention over stored tokens as one mask over all pairs: the definition that every faster version is tested against."""
+"""Attention over stored tokens as one mask over all pairs: the definition that faster versions are tested against."""
 
 import torch
 from torch import Tensor

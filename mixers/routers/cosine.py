@@ -1,6 +1,6 @@
 """HAM's own score (arXiv 2603.22325): the angle between what the memory predicts and what came.
 
-    e_t = 1 - cos(p_t, v_t)         in [0, 2]; 1 at an empty state
+e_t = 1 - cos(p_t, v_t)         in [0, 2]; 1 at an empty state
 """
 
 from torch import Tensor

@@ -1,7 +1,7 @@
 """Scores learned from the task's loss, through a gate on the values that are stored.
 
-    x        score_t = sigmoid(MLP(x_t))                        the form reported of HAM's paper (arXiv 2603.22325)
-    error    score_t = sigmoid(MLP(x_t, 1 - cos(p_t, v_t), log ||u_t||))      sees the memory's error as well
+x        score_t = sigmoid(MLP(x_t))                        the form reported of HAM's paper (arXiv 2603.22325)
+error    score_t = sigmoid(MLP(x_t, 1 - cos(p_t, v_t), log ||u_t||))      sees the memory's error as well
 """
 
 import torch

@@ -1,7 +1,7 @@
 """The size of what a token writes into the memory: a surprise weighted by how much the memory means to act on it.
 
-    value space     ||u_t||                             as in HOLA (arXiv 2607.02303)
-    output space    ||W_o^h u_t|| = sqrt(u_t^T G_h u_t)     comparable across heads and layers, which share the output
+value space     ||u_t||                             as in HOLA (arXiv 2607.02303)
+output space    ||W_o^h u_t|| = sqrt(u_t^T G_h u_t)     comparable across heads and layers, which share the output
 """
 
 from torch import Tensor
