@@ -137,6 +137,7 @@ class RecipeCLI(LightningCLI):
         # Recipes bring a progress bar and checkpoints; a flag that forbids them is enough.
         enabled = {ProgressBar: config["enable_progress_bar"], Checkpoint: config["enable_checkpointing"] and writes}
         unwanted = tuple(kind for kind, flag in enabled.items() if flag is False)
+        kwargs["enable_checkpointing"] = enabled[Checkpoint]
         callbacks = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
         kwargs["callbacks"] = [c for c in callbacks if c and not isinstance(c, unwanted)]
         try:

@@ -17,7 +17,7 @@ from mixers.registry import SpecError, unknown
 
 METRIC = {"mqar": "accuracy", "classification": "accuracy", "text": "bits_per_byte"}
 MODEL_DEFAULTS = {
-    "mqar": {"dim": 64, "depth": 2, "tie_embeddings": False, "learning_rate": 6e-3},
+    "mqar": {"dim": 64, "depth": 2, "mlp_ratio": 2.0, "tie_embeddings": False, "learning_rate": 6e-3},
     "classification": {"dim": 64, "depth": 2},
     "text": {"dim": 128, "depth": 2},
 }

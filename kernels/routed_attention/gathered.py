@@ -44,29 +44,52 @@ def routed_attention(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
-    """Softmax attention of q (R, groups, T, K) over k, v (R, M, .), rows R; `seen` (R or 1, T, M) -> (R, groups, T, V).
+    """Softmax attention of q (R, groups, T, K) over k, v (R, M, .), rows R; -> (R, groups, T, V).
 
-    A query that sees nothing reads exact zeros with finite gradients: it sees one extra key, whose value is zero.
+    `seen` (R, T, M) bool says which keys a query sees; `bias` (R, M) is added to a key's logits. A query that sees
+    nothing reads exact zeros.
     """
-    seen = seen.expand(len(q), -1, -1)
-    nothing = ~seen.any(-1, keepdim=True)
-    seen = torch.cat([nothing, seen], -1)[:, None]
+    mask = _mask(seen.any(-1), seen.shape[-1], q.dtype)
+    if bias is None:
+        mask[..., 1:].zero_().masked_fill_(~seen, -torch.inf)
+    else:  # its gradient passes through the mask
+        mask = torch.cat([mask[..., :1], torch.where(seen, bias.to(q.dtype)[:, None, :], -torch.inf)], -1)
+    return _with_nothing_to_see(q, k, v, mask, scale)
+
+
+def _mask(sees: Tensor, keys: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask (R, T, 1 + keys), yet to be filled but for its first column.
+
+    That is an extra key, whose value is zero; a query sees it iff `sees` (R, T) is False. So a query with nothing else
+    to see reads zeros, with finite gradients.
+    """
+    mask = torch.empty(*sees.shape, 1 + keys, dtype=dtype, device=sees.device)
+    mask[..., 0] = torch.zeros_like(mask[..., 0]).masked_fill_(sees, -torch.inf)
+    return mask
+
+
+def _with_nothing_to_see(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention under a mask made by `_mask`."""
     k, v = (F.pad(x, (0, 0, 1, 0))[:, None].expand(-1, q.shape[1], -1, -1) for x in (k, v))
-    if bias is not None:
-        zero = torch.zeros((), dtype=q.dtype, device=q.device)
-        bias = F.pad(bias.to(q.dtype), (1, 0))[:, None, None, :]
-        seen = torch.where(seen, zero, -torch.inf) + bias
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=scale)
 
 
 def _masked(q, k, v, stored, bias, scale, window):
     """All keys, those that are not stored masked out."""
-    token = torch.arange(q.shape[3], device=q.device)
-    behind = token[:, None] - token
-    seen = (stored[:, :, None, :] | (behind < window)) & (behind >= 0)
-    rows = (x.flatten(0, 1) for x in (q, k, v, seen))
-    o = attend(*rows, None if bias is None else bias.flatten(0, 1), scale)
-    return o.unflatten(0, q.shape[:2])
+    shape, T = q.shape[:2], q.shape[3]
+    q, k, v, stored = (x.flatten(0, 1) for x in (q, k, v, stored))
+    bias = None if bias is None else bias.flatten(0, 1)
+    later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    if window or bias is not None:
+        near = ~torch.ones_like(later).tril(-window) if window else torch.zeros_like(later)
+        o = attend(q, k, v, (stored[:, None, :] | near) & ~later, bias, scale)
+    else:  # the same as one sum: the masks are most of the work for short sequences
+        mask = _mask(stored.cumsum(1) > 0, T, q.dtype)
+        zero = torch.zeros((), dtype=q.dtype, device=q.device)
+        causal = torch.zeros(T, T, dtype=q.dtype, device=q.device).masked_fill_(later, -torch.inf)
+        torch.add(torch.where(stored, zero, -torch.inf)[:, None, :], causal, out=mask[..., 1:])
+        o = _with_nothing_to_see(q, k, v, mask, scale)
+    return o.unflatten(0, shape)
 
 
 def _gathered(q, k, v, stored, bias, scale, _window):
