@@ -135,7 +135,9 @@ class RecipeCLI(LightningCLI):
         if config["logger"] in (None, True):
             kwargs["logger"] = self._loggers(Path(config["default_root_dir"])) if writes else False
         # Recipes bring a progress bar and checkpoints; a flag that forbids them is enough.
-        enabled = {ProgressBar: config["enable_progress_bar"], Checkpoint: config["enable_checkpointing"] and writes}
+        enabled = {ProgressBar: config["enable_progress_bar"], Checkpoint: config["enable_checkpointing"]}
+        if config["fast_dev_run"]:
+            enabled[Checkpoint] = False
         unwanted = tuple(kind for kind, flag in enabled.items() if flag is False)
         kwargs["enable_checkpointing"] = enabled[Checkpoint]
         callbacks = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
