@@ -1,0 +1,94 @@
+"""Runs the command line in this process: starting another one costs ten seconds of imports."""
+
+import ast
+import inspect
+from dataclasses import dataclass
+
+import pytest
+from matplotlib.figure import Figure
+
+import lit_modules.callbacks
+import lit_modules.routing_monitor
+from lit_modules.generation import generate
+from recipes.__main__ import main
+
+TINY = (
+    "--steps 6 --model.dim 16 --model.depth 2 --data.seq_len 32 --data.batch_tokens 64 --data.held_out 0.3"
+    " --data.validation_tokens 256 --data.test_tokens 1024 --trainer.val_check_interval 4"
+    " --trainer.enable_progress_bar false"
+)
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line of a refusal."""
+        assert self.code == 2, (self.code, self.err)
+        lines = self.err.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), self.err
+        assert "Traceback" not in self.err
+        return lines[0].removeprefix("error: ")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cheap_ends():
+    """Runs end with a picture and a sample, which cost more than all the rest and have tests of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lit_modules.callbacks, "generate", lambda *args, **kw: generate(*args, **kw | {"num_tokens": 4}))
+        patch.setattr(lit_modules.routing_monitor, "routing_figure", lambda *args, **kw: Figure(figsize=(1, 1)))
+        yield
+
+
+@pytest.fixture
+def run(capsys):
+    """run("fit --mixer ham") -> Result. Words are split at spaces."""
+
+    def _run(line: str) -> Result:
+        capsys.readouterr()
+        try:
+            code = main(line.split())
+        except SystemExit as exit:
+            code = exit.code or 0
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return _run
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """A folder of three small texts."""
+    folder = tmp_path_factory.mktemp("texts")
+    for module in (ast, inspect, pytest):
+        (folder / f"{module.__name__}.py").write_text(inspect.getsource(module)[:8000])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(texts):
+    """Flags for a HAM that trains in a second."""
+    return f"{TINY} --data.paths [{texts}]"
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, tmp_path_factory):
+    """The folder in which a tiny HAM was trained; its run is runs/ham-text-1."""
+    folder = tmp_path_factory.mktemp("trained")
+    every_step = "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint --trainer.callbacks.save_top_k=-1"
+    every_step += " --trainer.callbacks.every_n_train_steps=1 --trainer.callbacks.filename=all-{step}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(f"fit {tiny} {every_step}".split()) == 0
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

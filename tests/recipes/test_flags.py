@@ -1,0 +1,73 @@
+import json
+
+import pytest
+
+from mixers import SpecError
+from recipes import flags
+from recipes.flags import parse
+
+
+def test_recipes_come_first_and_other_flags_keep_their_order():
+    words = "--model.dim 3 --mixer ham --config mine.yaml --kv_usage 0.5 --data=mqar --steps 9 --seed 1"
+    given = parse(words.split())
+    assert [path.name for path in given.files()] == ["base.yaml", "mqar.yaml", "ham.yaml"]
+    words = "--model.dim 3 --config mine.yaml --model.kv_usage 0.5 --trainer.max_steps 9 --seed_everything 1"
+    assert given.args() == words.split()
+
+
+def test_defaults():
+    assert [path.name for path in parse([]).files()] == ["base.yaml", "text.yaml", "ham.yaml"]
+
+
+def test_a_mixer_without_a_recipe_is_a_flag():
+    given = parse(["--mixer", "gdn*3,attention"])
+    assert [path.name for path in given.files()] == ["base.yaml", "text.yaml"]
+    assert given.args() == ["--model.mixer", "gdn*3,attention"]
+    assert given.args(with_mixer=False) == []
+
+
+def test_a_lone_name_becomes_a_mapping_that_options_can_be_added_to():
+    assert json.loads(parse(["--mixer", "delta_net"]).args()[1]) == {"name": "delta_net"}
+    assert json.loads(parse(["--router", "some.module.Router"]).args()[1]) == {"name": "some.module.Router"}
+    spec = '{"name": "learned", "form": "x"}'
+    assert parse(["--router", spec]).args()[1] == spec
+
+
+def test_data_by_class_path_brings_its_model():
+    given = parse(["--data", "lit_modules.data.classification.ClassificationData"])
+    assert [path.name for path in given.files()] == ["base.yaml", "ham.yaml"]
+    assert given.args() == [
+        "--model",
+        "lit_modules.sequence_classifier.SequenceClassifier",
+        "--data",
+        "lit_modules.data.classification.ClassificationData",
+    ]
+    given = parse(["--data", "lit_modules.data.classification:ClassificationData", "--model", "Mine"])
+    assert given.args() == ["--data", "lit_modules.data.classification.ClassificationData", "--model", "Mine"]
+
+
+def test_names():
+    assert parse(["--mixer", "hybrid"]).names() == ["gated_delta_net", "attention"]
+    assert parse(["--mixer", "gdn*2"]).names() == ["gated_delta_net"] * 2
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--mixer"], "--mixer needs a value"),
+        (["--mixer", "--steps", "3"], "--mixer needs a value"),
+        (["--mixer="], "--mixer needs a value"),
+        (["--mixer", "hybird"], "Did you mean 'hybrid'?"),
+        (["--mixer", "ham*none"], "'ham\\*none'"),
+        (["--plugin", "no_such_module"], "no_such_module"),
+    ],
+)
+def test_mistakes(args, message):
+    with pytest.raises(SpecError, match=message):
+        parse(args)
+
+
+def test_help_names_every_short_flag():
+    text = flags.help_text("fit")
+    for flag in ["--mixer", "--router", "--data", "--plugin", "--ckpt_path", *flags.RENAMED]:
+        assert f"  {flag} " in text

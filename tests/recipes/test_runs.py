@@ -1,0 +1,161 @@
+"""What a run leaves behind, and what can be done with it."""
+
+import csv
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+
+from lit_modules.language_model import LanguageModel
+from recipes.callbacks import ValidateAtEnd
+
+RUN = "runs/ham-text-1"
+
+
+@pytest.fixture
+def run_folder(trained, here):
+    """A copy of the trained run, in the working directory."""
+    shutil.copytree(trained / "runs", here / "runs", symlinks=True)
+    return here / RUN
+
+
+def metrics_in(result) -> dict[str, float]:
+    """Those in the table that Lightning prints."""
+    assert result.code == 0, result.err
+    cells = [line.replace("│", " ").split() for line in result.out.splitlines() if "test/" in line]
+    return {name: float(value) for name, value in cells}
+
+
+def test_what_a_run_leaves_behind(run_folder):
+    names = {path.name.split(".")[0] for path in run_folder.iterdir()}
+    assert names == {"checkpoints", "config", "events", "hparams", "metrics"}
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    assert config["model"]["init_args"]["mixer"]["name"] == "ham"
+    assert config["trainer"]["max_steps"] == 6
+    rows = list(csv.DictReader((run_folder / "metrics.csv").open()))
+    validated = [int(row["step"]) for row in rows if row["val/bits_per_byte"]]
+    assert validated == [3, 5]  # when it was due, and after the last step
+
+
+def test_checkpoint_loads_without_a_recipe(run_folder):
+    model = LanguageModel.load_from_checkpoint(run_folder / "checkpoints/last.ckpt", weights_only=True)
+    assert model.hparams.mixer["name"] == "ham"
+    assert "num_classes" not in model.hparams
+
+
+def test_config_runs_again(run, run_folder):
+    result = run(f"fit --config {RUN}/config.yaml")
+    assert result.code == 0, result.err
+    weights = [torch.load(f"runs/ham-text-{i}/checkpoints/last.ckpt", weights_only=True)["state_dict"] for i in (1, 2)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_resumes_exactly(run, run_folder, step):
+    """Before and after a validation."""
+    result = run(f"fit --ckpt_path {RUN}/checkpoints/all-step={step}.ckpt")
+    assert result.code == 0, result.err
+    one, other = (torch.load(f"runs/ham-text-{i}/checkpoints/last.ckpt", weights_only=True) for i in (1, 2))
+    assert one["global_step"] == other["global_step"] == 6
+    assert all(torch.equal(one["state_dict"][key], other["state_dict"][key]) for key in one["state_dict"])
+    exp_avg = [saved["optimizer_states"][0]["state"][0]["exp_avg"] for saved in (one, other)]
+    assert torch.equal(*exp_avg)
+
+
+def test_resume_that_has_nothing_to_do(run, run_folder):
+    assert "give more --steps" in run("fit --ckpt_path last").error
+
+
+@pytest.mark.parametrize("usage", [None, 0.1, 0.6, 1.0])
+def test_evaluates_at_any_usage(run, run_folder, usage):
+    metrics = metrics_in(run("test --ckpt_path last" + (f" --kv_usage {usage}" if usage is not None else "")))
+    asked = 0.25 if usage is None else usage
+    assert metrics["test/kv_usage"] == pytest.approx(asked, abs=0.0 if asked == 1 else 0.06)
+    assert sorted(p.name for p in (run_folder / "..").resolve().iterdir()) == ["ham-text-1"]
+
+
+def test_usage_when_tau_is_in_the_checkpoint(run, here, tiny):
+    """`controlled` saves tau itself, which loading the weights brings back."""
+    assert run(f"fit {tiny} --model.mixer.threshold controlled --kv_usage 0.9").code == 0
+    usages = [metrics_in(run(f"test --ckpt_path last --kv_usage {usage}"))["test/kv_usage"] for usage in (0.1, 0.8)]
+    assert usages == pytest.approx([0.1, 0.8], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("test --mixer gdn", ["mixer ham", "gated_delta_net"]),
+        ("fit --mixer ham*2", ["mixer ham"]),
+        ("validate --model.dim 32", ["dim 16", "32"]),
+        ("test --router cosine", ["mixer.router", "residual", "cosine"]),
+        ("fit --model.mixer.scope head", ["mixer.scope 'model'", "'head'"]),
+        ("fit --model.learning_rate 1", ["learning_rate"]),
+        ("test --data mqar", ["vocab_size 256", "129"]),
+        ("fit --data classification", ["vocab_size 256", "21"]),
+        ("test --model lit_modules.sequence_classifier.SequenceClassifier", ["LanguageModel", "SequenceClassifier"]),
+        ("predict --kv_usage 3", ["kv_usage"]),
+    ],
+)
+def test_flags_that_contradict_the_checkpoint(run, run_folder, line, parts):
+    error = run(f"{line} --ckpt_path {RUN}/checkpoints/all-step=3.ckpt").error
+    assert [part for part in parts if part not in error] == []
+    assert not (run_folder / "../ham-text-2").exists()
+
+
+@pytest.mark.parametrize("flags", ["--mixer ham", "--router residual", "--mixer ham --data text --model.dim 16"])
+def test_flags_that_agree_with_the_checkpoint(run, run_folder, flags):
+    assert metrics_in(run(f"test --ckpt_path last {flags}"))
+
+
+def test_last_is_the_newest_of_the_mixer_and_data(run, run_folder):
+    assert "gdn-*" in run("test --mixer gdn --ckpt_path last").error
+    assert "-mqar-" in run("test --data mqar --ckpt_path last").error
+
+
+def test_checkpoint_of_a_python_program(run, here, tiny):
+    """It holds the model's hyper-parameters and nothing else."""
+    model = LanguageModel(vocab_size=256, dim=16, depth=2, mixer="gdn")
+    trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint("mine.ckpt")
+    size = tiny.partition("--data")[2]
+    assert metrics_in(run(f"test --ckpt_path mine.ckpt --data{size}"))
+    assert "gated_delta_net, not ham" in run("test --ckpt_path mine.ckpt --mixer ham").error
+
+
+def test_sigterm(run, here, tiny, monkeypatch):
+    def interrupt(self, trainer, *args):
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ValidateAtEnd, "on_train_batch_end", interrupt)
+    result = run(f"fit {tiny}")
+    assert result.code == 143
+    assert "go on with\n  python -m recipes fit --ckpt_path runs/ham-text-1/checkpoints/" in result.out
+    saved = torch.load("runs/ham-text-1/checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == 2
+
+
+def test_plugin_and_user_classes(run, here, tiny, monkeypatch):
+    (here / "my_parts.py").write_text(
+        "from mixers import Router, register_router\n\n"
+        '@register_router("by_length")\n'
+        "class ByLength(Router):\n"
+        "    def forward(self, inputs):\n"
+        "        return inputs.v.norm(dim=-1)\n"
+    )
+    monkeypatch.syspath_prepend(here)
+    for flags in ("--router my_parts.ByLength", "--plugin my_parts --router by_length"):
+        result = run(f"fit {tiny} {flags} --trainer.fast_dev_run true")
+        assert result.code == 0, result.err
+
+
+def test_without_a_logger(run, here, tiny):
+    for _ in range(2):  # a second run finds nothing of the first
+        result = run(f"fit {tiny} --trainer.logger false --trainer.enable_checkpointing false")
+        assert result.code == 0, result.err
+    assert not [path for path in here.rglob("*") if path.is_file()]

@@ -1,0 +1,39 @@
+"""Every recipe parses, and its model can be built and trained."""
+
+import pytest
+
+from lit_modules.data import DATA, MODELS
+from recipes.flags import DATA_MODULES, RECIPES, data_recipes, recipes
+
+SMALL = "--trainer.fast_dev_run true --trainer.enable_progress_bar false --model.dim 16 --model.depth 2"
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_mixer_recipe(run, here, texts, name):
+    data = f"--data.paths [{texts}] --data.held_out 0.3 --data.seq_len 32 --data.batch_tokens 64"
+    result = run(f"fit --mixer {name} {data} --data.validation_tokens 64 --data.test_tokens 64 {SMALL}")
+    assert (result.code, result.err) == (0, "")
+    assert "bits per byte" in result.out
+    assert not list(here.iterdir())  # fast_dev_run writes nothing
+
+
+@pytest.mark.parametrize("name", data_recipes())
+def test_data_recipe(run, here, texts, name):
+    size = f"--data.paths [{texts}] --data.held_out 0.3" if name == "text" else "--data.batch_size 2"
+    result = run(f"fit --data {name} --mixer gdn {size} {SMALL} --trainer.limit_val_batches 1")
+    assert (result.code, result.err) == (0, "")
+
+
+def test_data_has_recipes_and_models():
+    assert data_recipes().keys() == DATA.keys()
+    for name, path in data_recipes().items():
+        model = MODELS[DATA_MODULES.get(name).model].replace(":", ".")
+        assert f"class_path: {model}" in path.read_text()
+
+
+def test_there_are_few():
+    assert len([*RECIPES.rglob("*.yaml")]) < 15
+
+
+def test_every_recipe_says_what_it_is():
+    assert all(path.read_text().startswith("# ") for path in [*recipes().values(), *data_recipes().values()])
