@@ -68,12 +68,17 @@ class Flags:
         return [path for path in found if path]
 
     def names(self) -> list[str]:
-        """Of --mixer, what its recipe or pattern is made of: registered names, in order."""
-        import yaml
+        """Of --mixer, what its recipe, pattern or spec is made of: registered names, in order."""
+        if self.mixer in recipes():
+            return mixer_names(_read(recipes()[self.mixer])["model"]["init_args"]["mixer"])
+        return mixer_names(_yaml(self.mixer) if self.mixer[0] in "{[" else self.mixer)
 
-        file = recipes().get(self.mixer or "")
-        pattern = yaml.safe_load(file.read_text())["model"]["init_args"]["mixer"] if file else self.mixer
-        return mixer_names(pattern)
+    def _depth_args(self) -> list[str]:
+        """A deeper model than the recipes', if the pattern would not fit."""
+        parts = [_read(path).get("model", {}).get("init_args", {}) for path in self.files()]
+        depth = [part["depth"] for part in parts if "depth" in part][-1]
+        length = len(self.names())
+        return ["--model.depth", str(length)] if length > depth else []
 
     def data_class(self) -> str | None:
         """Of --data, the class path."""
@@ -85,8 +90,21 @@ class Flags:
         if self.data and self.data not in data_recipes():
             args += _data_args(self.data, self.rest)
         if with_mixer and self.mixer and self.mixer not in recipes():
-            args += ["--model.mixer", _spec(self.mixer)]
+            args += ["--model.mixer", _spec(self.mixer), *self._depth_args()]
         return args + self.rest
+
+
+def _yaml(text: str) -> Any:
+    import yaml  # not needed by ls and --help
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SpecError(f"cannot read {text!r} as YAML: {error.problem}") from error
+
+
+def _read(recipe: Path) -> dict[str, Any]:
+    return _yaml(recipe.read_text())
 
 
 def mixer_names(pattern: Any) -> list[str]:
@@ -110,8 +128,9 @@ def parse(args: list[str]) -> Flags:
             flags.rest += [RENAMED[flag], value]
         else:
             setattr(flags, flag.removeprefix("--"), value)
-    if flags.mixer and flags.mixer not in recipes():
-        _check_mixer(flags.mixer)
+    if flags.mixer:
+        for name in flags.names():
+            _check_mixer(name)
     return flags
 
 
@@ -136,15 +155,11 @@ def _spec(value: str) -> str:
     return json.dumps({"name": value}) if is_name else value
 
 
-def _check_mixer(value: str) -> None:
-    if value.lstrip()[:1] in "{[":  # a whole spec or pattern; the model will check it
-        return
-    for spec in parse_pattern(value):
-        if spec["name"] not in MIXERS.names():
-            try:
-                MIXERS.origin(spec["name"])
-            except SpecError:
-                raise unknown("mixer", spec["name"], MIXERS.names(), hints=[*recipes(), *MIXERS.aliases()]) from None
+def _check_mixer(name: str) -> None:
+    try:
+        MIXERS.origin(name)
+    except SpecError:
+        raise unknown("mixer", name, MIXERS.names(), hints=[*recipes(), *MIXERS.aliases()]) from None
 
 
 def _import(module: str) -> None:

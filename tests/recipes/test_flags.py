@@ -22,8 +22,18 @@ def test_defaults():
 def test_a_mixer_without_a_recipe_is_a_flag():
     given = parse(["--mixer", "gdn*3,attention"])
     assert [path.name for path in given.files()] == ["base.yaml", "text.yaml"]
-    assert given.args() == ["--model.mixer", "gdn*3,attention"]
+    assert given.args()[:2] == ["--model.mixer", "gdn*3,attention"]
     assert given.args(with_mixer=False) == []
+
+
+def test_a_pattern_that_would_not_fit_deepens_the_model():
+    assert parse(["--mixer", "gdn*5,attention", "--model.depth", "12"]).args()[2:] == [
+        "--model.depth",
+        "6",
+        "--model.depth",
+        "12",
+    ]
+    assert "--model.depth" not in parse(["--mixer", "gdn,attention"]).args()
 
 
 def test_a_lone_name_becomes_a_mapping_that_options_can_be_added_to():
@@ -49,6 +59,7 @@ def test_data_by_class_path_brings_its_model():
 def test_names():
     assert parse(["--mixer", "hybrid"]).names() == ["gated_delta_net", "attention"]
     assert parse(["--mixer", "gdn*2"]).names() == ["gated_delta_net"] * 2
+    assert parse(["--mixer", "[{name: ham, num_heads: 2}, gdn]"]).names() == ["ham", "gated_delta_net"]
 
 
 @pytest.mark.parametrize(
@@ -59,6 +70,7 @@ def test_names():
         (["--mixer="], "--mixer needs a value"),
         (["--mixer", "hybird"], "Did you mean 'hybrid'?"),
         (["--mixer", "ham*none"], "'ham\\*none'"),
+        (["--mixer", "{name: ham"], "as YAML"),
         (["--plugin", "no_such_module"], "no_such_module"),
     ],
 )
