@@ -1,0 +1,116 @@
+"""The comparison: what is run, what is not run twice, and what the report makes of it."""
+
+import json
+
+import pytest
+
+from mixers.registry import SpecError
+from recipes import compare as module
+from recipes.compare import compare, describe, expand
+from recipes.compare_report import paired, table
+from recipes.compare_run import train
+
+TINY = {"num_pairs": 4, "num_keys": 8, "num_values": 8, "num_test": 32, "curriculum": None}
+MODEL = {"dim": 16, "mlp_ratio": 1.0}
+
+
+def tiny_run(mixer, seed=0, **options):
+    return {
+        "label": describe(mixer, options),
+        "mixer": mixer,
+        "options": options,
+        "data": "mqar",
+        "data_options": TINY,
+        "model_options": MODEL,
+        "steps": 3,
+        "seed": seed,
+        "key": "k",
+    }
+
+
+def row(label, seed, accuracy, **options):
+    return {"label": label, "seed": seed, "accuracy": accuracy, "metric": "accuracy", "options": options}
+
+
+def test_lists_of_options_stand_for_all_combinations():
+    cells = list(
+        expand([{"mixer": "ham", "router": ["cosine", "random"], "kv_usage": [0.5, 0.25]}, {"mixer": "gdn*3,ham"}])
+    )
+    assert [cell["label"] for cell in cells] == [
+        "ham cosine 0.5",
+        "ham cosine 0.25",
+        "ham random 0.5",
+        "ham random 0.25",
+        "gdn,gdn,gdn,ham",
+    ]
+    assert cells[3]["options"] == {"router": "random", "kv_usage": 0.25}
+
+
+def test_a_run_weighs_what_the_model_remembers():
+    result = train(tiny_run({"name": "ham", "num_heads": 2, "head_dim": 4}, router="all", kv_usage=1.0))
+    assert result["tokens"] == 16
+    assert result["kv_bytes"] == 2 * 16 * 2 * (4 + 4) * 4  # layers, tokens, heads, key and value, float32
+    assert result["kv_usage"] == 1.0
+    assert 0 <= result["accuracy"] <= 1
+
+
+def test_a_run_repeats_exactly_and_the_seed_changes_it():
+    results = [train(tiny_run("gdn", seed=seed)) for seed in (0, 0, 1)]
+    assert results[0]["loss"] == results[1]["loss"] != results[2]["loss"]
+
+
+def test_finished_runs_are_not_trained_again(tmp_path, monkeypatch, capsys):
+    trained = []
+
+    def train_all(runs, jobs):
+        for run in runs:
+            trained.append((run["label"], run["seed"]))
+            yield train(run)
+
+    monkeypatch.setattr(module, "_train_all", train_all)
+    options = dict(data_options=TINY, model_options=MODEL, steps=2, out=str(tmp_path))
+    compare(mixers=["gdn"], seeds=1, **options)
+    compare(mixers=["gdn", "attention"], seeds=2, **options)
+    assert trained == [("gdn", 0), ("attention", 0), ("gdn", 1), ("attention", 1)]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["runs"]) == 4 and results["schema_version"] == 1 and "torch" in results["packages"]
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    assert "attention" in (tmp_path / "table.md").read_text() and "attention" in capsys.readouterr().out
+
+
+def test_gains_are_paired_by_seed_and_usage():
+    rows = [row("surprise", s, a, router="cosine", kv_usage=0.1) for s, a in enumerate((0.9, 0.5))]
+    rows += [row("chance", s, a, router={"name": "random"}, kv_usage=0.1) for s, a in enumerate((0.6, 0.7))]
+    rows += [row("elsewhere", 0, 0.0, router="static", kv_usage=0.2)]
+    text = paired(rows)
+    assert "+0.050 (1 of 2)" in text  # (.3 - .2) / 2
+    assert "elsewhere" not in text and "surprise" in text
+
+
+def test_the_table_shows_mean_and_range():
+    runs = [
+        row("a", s, v) | {"parameters": 1234, "state_bytes": 1, "kv_bytes": 2, "tokens": 3, "seconds": 4.0}
+        for s, v in enumerate((0.25, 0.75))
+    ]
+    assert "0.500 [0.250, 0.750]" in table({"a": runs}) and "1,234" in table({"a": runs})
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(mixers=["hamm"]), "unknown mixer 'hamm'"),
+        (dict(mixers=["ham"], routers=["cosin"]), "unknown router 'cosin'"),
+        (dict(mixers=["ham"], kv_usages=[1.5]), "1.5"),
+        (dict(contestants=[{"mixer": "ham", "routr": "cosine"}]), "unknown key 'routr'"),
+        (dict(contestants=[{"mixer": "gdn"}, {"mixer": "gdn"}]), "share a label: gdn"),
+        (dict(contestants="nowhere.yaml"), "nowhere.yaml"),
+        (dict(data="mqr"), "unknown data 'mqr'"),
+        (dict(mixers=["gdn"], data_options={"num_pears": 4}), "num_pears"),
+        (dict(mixers=["gdn"], model_options={"dept": 4}), "dept"),
+    ],
+)
+def test_a_mistake_is_named_before_anything_is_written(arguments, message, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(SpecError, match=message):
+        compare(**arguments, out=str(out))
+    assert not out.exists()
