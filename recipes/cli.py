@@ -28,6 +28,7 @@ NOISE = (
     ".*Experiment logs directory .* exists and is not empty.*",
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*treespec, LeafSpec.*",
+    ".*It is recommended to use `self.log.*sync_dist=True.*",  # torchmetrics has synchronized them
     ".*The dirpath has changed from.*",
     ".*callbacks used to create the checkpoint need to be provided.*",
 )
@@ -165,9 +166,9 @@ class RecipeCLI(LightningCLI):
         """Trains. A mistake of the user's that only shows now, as in the data's files, leaves no folder behind."""
         try:
             self.trainer.fit(model, **kwargs)
-        except SIGTERMException:
+        except SystemExit:  # how Lightning answers SIGTERM and Ctrl-C
             saved = self.trainer.checkpoint_callback and self.trainer.checkpoint_callback.last_model_path
-            say(f"\nstopped by SIGTERM; go on with\n  python -m recipes fit --ckpt_path {saved}" if saved else "")
+            say(f"\nstopped; go on with\n  python -m recipes fit --ckpt_path {saved}" if saved else "\nstopped")
             raise
         except SpecError:
             if self.run_dir and self.trainer.global_step == 0:
