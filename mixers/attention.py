@@ -12,7 +12,7 @@ from mixers.base import Mixer, MixerOutput, MixerState
 from mixers.gated_delta_net import new_tokens
 from mixers.kv_cache import KVCache
 from mixers.layers import ShortConvolution, rotary
-from mixers.registry import SpecError
+from mixers.registry import SpecError, check_positive
 
 
 class Attention(Mixer):
@@ -42,15 +42,19 @@ class Attention(Mixer):
         conv_size: int = 0,
     ) -> None:
         super().__init__()
+        check_positive(num_heads=num_heads)
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         self.head_dim = head_dim or dim // num_heads
         self.rope, self.rope_base, self.window = rope, rope_base, window
+        check_positive(num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
         if self.num_heads % self.num_kv_heads:
             raise SpecError(f"num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads})")
         if rope and self.head_dim % 2:
             raise SpecError(f"head_dim must be even for rope, got {self.head_dim}")
         if window < 0:
             raise SpecError(f"window must be 0 (none) or a number of tokens, got {window}")
+        if conv_size < 0 or conv_size == 1:
+            raise SpecError(f"conv_size must be 0 (none) or at least 2, got {conv_size}")
         self.heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         self.qkv = nn.Linear(dim, sum(self.heads) * self.head_dim, bias=False)
         self.conv = ShortConvolution(self.qkv.out_features, taps=conv_size) if conv_size else None

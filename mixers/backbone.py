@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixers.base import Mixer, MixerState, Routing
-from mixers.registry import MIXERS, SpecError, parse_pattern
+from mixers.registry import MIXERS, SpecError, check_positive, parse_pattern
 from mixers.threshold import share_threshold
 
 
@@ -78,10 +78,10 @@ class Decoder(nn.Module):
         tie_embeddings: bool = True,
     ) -> None:
         super().__init__()
-        for name, value in (("vocab_size", vocab_size), ("dim", dim), ("depth", depth)):
-            if value < 1:
-                raise SpecError(f"{name} must be at least 1, got {value}")
+        check_positive(vocab_size=vocab_size, dim=dim, depth=depth)
         mlp_hidden = -(-round(dim * mlp_ratio) // 8) * 8
+        if mlp_hidden < 1:
+            raise SpecError(f"mlp_ratio must be above 0, got {mlp_ratio}")
         self.embedding = nn.Embedding(vocab_size, dim)
         self.blocks = nn.ModuleList(Block(dim, m, mlp_hidden) for m in _mixers(mixer, dim, depth))
         self.norm = nn.RMSNorm(dim, eps=1e-5)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.sequences import check_cu_seqlens
 from mixers.kv_cache import KVCache
 
 
@@ -116,10 +117,12 @@ class Mixer(nn.Module):
         """
         if state is not None and len(state.length) != (len(x) if cu_seqlens is None else len(cu_seqlens) - 1):
             raise ValueError(f"the state is of {len(state.length)} sequences, the input is not")
-        if padding_mask is not None:
-            return self._without_padding(x, state, cu_seqlens, padding_mask)
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, *x.shape[:2])
         if x.shape[1] == 0:
             return MixerOutput(x, state)
+        if padding_mask is not None:
+            return self._without_padding(x, state, cu_seqlens, padding_mask)
         return self.mix(x, state, cu_seqlens)
 
     def _without_padding(self, x, state, cu_seqlens, mask) -> MixerOutput:
@@ -128,11 +131,9 @@ class Mixer(nn.Module):
             raise ValueError(
                 f"padding_mask must be bool {tuple(x.shape[:2])} (B, T), got {mask.dtype} {(*mask.shape,)}"
             )
-        if cu_seqlens is None:
-            real = mask.sum(1).cumsum(0)
-        else:
-            real = mask[0].cumsum(0)[cu_seqlens[1:].long() - 1].where(cu_seqlens[1:] > 0, 0)
-        out = self.forward(x[mask][None], state, nn.functional.pad(real, (1, 0)).to(torch.int32))
+        real = nn.functional.pad(mask.flatten().cumsum(0), (1, 0))  # real tokens before every place
+        real = real[:: mask.shape[1]] if cu_seqlens is None else real[cu_seqlens.long()]
+        out = self.forward(x[mask][None], state, real.to(torch.int32))
 
         def back(packed: Tensor) -> Tensor:
             padded = packed.new_zeros(*mask.shape, *packed.shape[2:])

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from mixers.base import Mixer, MixerOutput, MixerState
 from mixers.memory import Memory
+from mixers.registry import check_positive
 
 
 class GatedDeltaNet(Mixer):
@@ -42,6 +43,7 @@ class GatedDeltaNet(Mixer):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        check_positive(num_heads=num_heads)
         self.memory = Memory(
             dim,
             num_heads=num_heads,

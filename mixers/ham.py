@@ -24,7 +24,7 @@ from mixers.base import MixerOutput, MixerState, Routing
 from mixers.gated_delta_net import GatedDeltaNet, new_tokens
 from mixers.kv_cache import KVCache
 from mixers.memory import MemoryRead
-from mixers.registry import ROUTERS, THRESHOLDS, unknown
+from mixers.registry import ROUTERS, THRESHOLDS, SpecError, parse_spec, unknown
 from mixers.routers.base import RouterInputs
 
 GATE_TEMPERATURE = 0.1  # of the straight-through gate that trains a learned router or threshold, in units of its score
@@ -60,6 +60,9 @@ class HAM(GatedDeltaNet):
         if combine not in ("sum", "gates"):
             raise unknown("combine", combine, ("sum", "gates"), of=" for mixer 'ham'")
         self.combine, self.attention_backend = combine, attention_backend
+        for option in ("kv_usage", "scope"):
+            if option in parse_spec(threshold):
+                raise SpecError(f"{option!r} is an option of mixer 'ham', not of its threshold")
         heads = self.memory.num_states
         self.router = ROUTERS.build(router, dim, heads)
         self.threshold = THRESHOLDS.build(threshold, heads, kv_usage=kv_usage, scope=scope)
@@ -94,11 +97,12 @@ class HAM(GatedDeltaNet):
 
         inputs = self._router_inputs(x, q, m, state, cu_seqlens)
         scores = self.router(inputs).float()
+        if self.training:
+            self.threshold.observe(self.layer_index, scores)
         tau = self.threshold.tau().expand(self.num_heads)
         stored = scores > tau
         v, aux_loss = m.v, None
         if self.training:
-            self.threshold.observe(self.layer_index, scores)
             aux_loss = _sum(self.router.loss(inputs, scores), self.threshold.loss(scores))
             if self.router.trained_by_gate or self.threshold.trained_by_gate:
                 v = v * _straight_through(scores, tau).to(v.dtype)[..., None]
@@ -149,8 +153,8 @@ class HAM(GatedDeltaNet):
 
 def _straight_through(scores: Tensor, tau: Tensor) -> Tensor:
     """A gate that is 1 in value and passes the gradient of sigmoid((score - tau) / temperature)."""
-    soft = ((scores - tau) / GATE_TEMPERATURE).sigmoid()
-    return 1 + soft - soft.detach()
+    soft = ((scores - tau) / GATE_TEMPERATURE).nan_to_num().sigmoid()  # nan: an infinite score at usage 0 or 1
+    return 1 + (soft - soft.detach())
 
 
 def _sum(*losses: Tensor | None) -> Tensor | None:

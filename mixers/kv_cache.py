@@ -83,7 +83,7 @@ class KVCache:
         end = (length + real.sum(1))[:, None, None]  # the next query's position
         keep = valid & (stored_all | (end - position < window))
         cache = KVCache(k_all[keep], v_all[keep], keep.sum(2))
-        if self.position is not None:
+        if window or self.position is not None:  # the usage, and so a window, may change on the way
             cache.position, cache.stored = position[keep], stored_all[keep]
         return o, cache
 

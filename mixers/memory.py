@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from kernels.delta_rule import gated_delta_rule
 from mixers.layers import ShortConvolution
-from mixers.registry import SpecError, unknown
+from mixers.registry import SpecError, check_positive, unknown
 
 RULES = {"linear_attention": (False, False), "delta_net": (True, False), "gated_delta_net": (True, True)}
 """name -> (delta rule or additive, decay or none)"""
@@ -85,9 +85,10 @@ class Memory(nn.Module):
         self.num_heads, self.head_dim, self.backend = num_heads, head_dim, backend
         self.value_dim = value_dim or head_dim
         self.num_states = num_value_heads or num_heads
-        for name, value in (("num_heads", num_heads), ("head_dim", head_dim), ("conv_size", conv_size - 1)):
-            if value < 1:
-                raise SpecError(f"{name} must be at least {1 + (name == 'conv_size')}, got {value}")
+        sizes = dict(value_dim=self.value_dim, num_value_heads=self.num_states)
+        check_positive(num_heads=num_heads, head_dim=head_dim, **sizes)
+        if conv_size < 2:
+            raise SpecError(f"conv_size must be at least 2, got {conv_size}")
         if self.num_states % num_heads:
             raise SpecError(f"num_value_heads ({self.num_states}) must be a multiple of num_heads ({num_heads})")
         self.widths = [num_heads * head_dim, num_heads * head_dim, self.num_states * self.value_dim]

@@ -37,6 +37,13 @@ def unknown(what: str, value: str, known: Iterable[str], *, of: str = "", hints:
     return SpecError(f"unknown {what} {value!r}{of}; known: {', '.join(known) or 'none'}.{suggestion}")
 
 
+def check_positive(**sizes: int) -> None:
+    """SpecError unless every size is at least 1."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise SpecError(f"{name} must be at least 1, got {value}")
+
+
 class Registry:
     """The names of one kind of part.
 

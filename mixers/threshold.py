@@ -43,11 +43,20 @@ class Threshold(nn.Module):
         self._pending: dict[int, Tensor] = {}  # layer -> scores (tokens, H) of the step under way
         self._warned = False
 
+    def _apply(self, fn, recurse=True):
+        """Follow the model to its device, but stay in float32: a table in bfloat16 cannot tell scores apart."""
+
+        def moved(x: Tensor) -> Tensor:
+            y = fn(x)
+            return y if y.dtype == x.dtype else x.to(y.device)
+
+        return super()._apply(moved, recurse)
+
     def tau(self) -> Tensor:
         """The threshold, (H,) or (1,) float32: -inf at usage 1, inf at usage 0, whatever the kind."""
         if self.kv_usage in (0.0, 1.0):
             return torch.full_like(self.table[:, 0], math.inf if self.kv_usage == 0 else -math.inf)
-        if not self.training and not self._warned and self.steps == 0 and not self._pending:
+        if not self.training and not self._warned and self.steps == 0:
             self._warned = True
             warnings.warn("the KV threshold has seen no training step: its usage is not what was asked", stacklevel=2)
         return self.between()
@@ -70,15 +79,19 @@ class Threshold(nn.Module):
     def observe(self, layer: int, scores: Tensor) -> None:
         """Note a layer's scores (B, T, H) of a training step.
 
-        A step ends when one of its layers comes round again. Activation checkpointing runs layers again in the backward
-        pass, where tau must be what it was in the forward pass, so those calls are not counted.
+        A step ends when one of its layers comes round again, or by `close_step`; tau is read after this call, so that
+        all layers of a step have the same. Activation checkpointing runs layers again in the backward pass, where tau
+        must be what it was in the forward pass, so those calls are not counted.
         """
         if torch._C._current_graph_task_id() != -1:
             return
         if layer in self._pending:
             self.close_step()
         tokens = scores.detach().float().flatten(0, 1)
-        self._pending[layer] = tokens[:: -(-len(tokens) // SAMPLE)].clamp(-3e38, 3e38)
+        if len(tokens) > SAMPLE:  # at steps of the golden ratio: even steps could hit the keys alone of key-value pairs
+            place = torch.arange(SAMPLE, device=tokens.device, dtype=torch.double) * 0.6180339887498949
+            tokens = tokens[(place % 1 * len(tokens)).long()]
+        self._pending[layer] = tokens.nan_to_num(0.0, 3e38, -3e38)
 
     @torch.no_grad()
     def close_step(self) -> None:
@@ -89,10 +102,7 @@ class Threshold(nn.Module):
         self._pending = {}
         grouped = torch.cat(scores).T if self.scope == "head" else torch.cat([s.flatten() for s in scores])[None]
         levels = torch.linspace(0, 1, LEVELS, device=grouped.device)
-        table = torch.quantile(grouped, levels, dim=1).T
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(table)
-            table /= torch.distributed.get_world_size()
+        table = _mean_over_ranks(torch.quantile(grouped, levels, dim=1).T.contiguous())
         weight = max(1 - self.momentum, 1 / (int(self.steps) + 1))
         self.table.lerp_(table.to(self.table), weight)
         self.steps += 1
@@ -100,6 +110,10 @@ class Threshold(nn.Module):
 
     def adjust(self, scores: Tensor) -> None:
         """Move what the kind of threshold moves, given the step's scores (groups, n)."""
+
+    def gap(self, scores: Tensor, tau: Tensor) -> Tensor:
+        """Usage of scores (groups, n) at tau less the usage asked for, over all ranks; (groups,)."""
+        return _mean_over_ranks((scores > tau[:, None]).float().mean(1)) - self.kv_usage
 
     def loss(self, scores: Tensor) -> Tensor | None:
         """A scalar that trains the threshold, or None."""
@@ -134,8 +148,7 @@ class Controlled(Threshold):
 
     def adjust(self, scores: Tensor) -> None:
         if not self.freeze_after or self.steps <= self.freeze_after:
-            usage = (scores > self.current[:, None]).float().mean(1)
-            self.current += self.rate * (usage - self.kv_usage)
+            self.current += self.rate * self.gap(scores, self.current)
 
     def set_usage(self, kv_usage: float) -> None:
         super().set_usage(kv_usage)
@@ -153,6 +166,7 @@ class Fixed(Threshold):
     def __init__(self, num_heads: int, *, tau: float = 0.5, **options) -> None:
         super().__init__(num_heads, **options)
         self.fixed = tau
+        self._warned = True  # it needs no training
 
     def between(self) -> Tensor:
         return torch.full_like(self.table[:, 0], self.fixed)
@@ -197,6 +211,13 @@ class Learned(Threshold):
                 self.current.copy_(self.quantile(self.kv_usage))
 
 
+def _mean_over_ranks(x: Tensor) -> Tensor:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x)
+        x = x / torch.distributed.get_world_size()
+    return x
+
+
 def check_usage(kv_usage: float) -> float:
     """`kv_usage` as a float; SpecError unless it lies in [0, 1]."""
     if isinstance(kv_usage, bool) or not isinstance(kv_usage, (int, float)) or not 0 <= kv_usage <= 1:
@@ -232,5 +253,10 @@ def share_threshold(model: nn.Module) -> None:
         mixer.layer_index = index
         threshold = getattr(mixer, "threshold", None)
         if isinstance(threshold, Threshold) and threshold.scope == "model":
-            alike = (type(threshold), type(mixer.router), threshold.kv_usage)
-            mixer.threshold = shared.setdefault(alike, threshold)
+            mixer.threshold = shared.setdefault((_kind(threshold), _kind(mixer.router)), threshold)
+
+
+def _kind(part: nn.Module) -> tuple:
+    """Class and options; sizes aside, as layers of any number of heads may share a budget."""
+    plain = {name: x for name, x in vars(part).items() if isinstance(x, int | float | str) and name[0] != "_"}
+    return type(part), *((name, plain[name]) for name in sorted(plain.keys() - {"dim", "num_heads"}))

@@ -68,13 +68,14 @@ def gated_delta_rule(
         )
     if T == 0:
         return v, v.to(exact), initial_state.to(exact)
-    o, prediction, state = run(
-        *(x.to(exact) for x in (q, k, v, g, beta)),
-        scale=K**-0.5 if scale is None else scale,
-        initial_state=initial_state.to(exact),
-        cu_seqlens=cu_seqlens,
-        delta=delta,
-    )
+    with torch.autocast(v.device.type, enabled=False):
+        o, prediction, state = run(
+            *(x.to(exact) for x in (q, k, v, g, beta)),
+            scale=K**-0.5 if scale is None else scale,
+            initial_state=initial_state.to(exact),
+            cu_seqlens=cu_seqlens,
+            delta=delta,
+        )
     return o.to(v.dtype), prediction, state
 
 

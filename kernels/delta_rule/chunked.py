@@ -77,13 +77,18 @@ class _Chunks(torch.autograd.Function):
             U = XV
         P, out = torch.baddbmm(FK, A, U), torch.baddbmm(out, Qm, U)
         ctx.save_for_backward(q, k, v, beta, D, f, e, A, Qm, X, M, starts, U, P)
-        ctx.sizes, ctx.delta, ctx.state_shape = sizes, delta, state.shape
+        ctx.sizes, ctx.delta, ctx.state_shape, ctx.device = sizes, delta, state.shape, v.device.type
         ctx.set_materialize_grads(False)
         return out, P, final
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dO, dP, d_final):
+    def backward(ctx, *grads):
+        with torch.autocast(ctx.device, enabled=False):  # it may be on where backward() is called
+            return _Chunks._backward(ctx, *grads)
+
+    @staticmethod
+    def _backward(ctx, dO, dP, d_final):
         q, k, v, beta, D, f, e, A, Qm, X, M, starts, U, P = ctx.saved_tensors
         C = k.shape[1]
         dO = torch.zeros_like(v) if dO is None else dO

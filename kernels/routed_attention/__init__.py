@@ -5,6 +5,7 @@
 and o_t = 0 exactly where that set is empty.
 """
 
+import torch
 from torch import Tensor
 
 from kernels.dispatch import choose
@@ -50,6 +51,8 @@ def routed_attention(
     for name, x in (("stored", stored), ("bias", bias)):
         if x is not None and x.shape != (B, T, heads):
             raise ValueError(f"{name} must be {(B, T, heads)} (B, T, H_kv), got {tuple(x.shape)}")
+    if stored.dtype != torch.bool:
+        raise ValueError(f"stored must be bool, got {stored.dtype}")
     if window < 0:
         raise ValueError(f"window must not be negative, got {window}")
     if cu_seqlens is not None:

@@ -43,12 +43,14 @@ class RouterInputs:
     def gram(self) -> Tensor:
         """G_h = W_o^hT W_o^h (H, V, V): u^T G_h u is the squared norm of what u does to the layer's output."""
         weight = self.output_weight.to(self.write.dtype)
-        return torch.einsum("dhv,dhw->hvw", weight, weight)
+        with torch.autocast(weight.device.type, enabled=False):
+            return torch.einsum("dhv,dhw->hvw", weight, weight)
 
     @cached_property
     def output_norm(self) -> Tensor:
         """||W_o^h u|| (B, T, H): the size of a write in the space that all heads and layers share."""
-        squared = (torch.einsum("bthv,hvw->bthw", self.write, self.gram) * self.write).sum(-1)
+        with torch.autocast(self.write.device.type, enabled=False):
+            squared = (torch.einsum("bthv,hvw->bthw", self.write, self.gram) * self.write).sum(-1)
         return squared.clamp(min=0).sqrt()
 
 

@@ -44,7 +44,7 @@ class Recency(Router):
     """The last tokens: a sliding window in place of a score.
 
     Args:
-        window: tokens; 0 derives it from the KV usage.
+        window: tokens, at any KV usage above 0; 0 derives it from the KV usage.
         length: tokens that the KV usage is a share of: window = usage * length.
     """
 
@@ -58,7 +58,7 @@ class Recency(Router):
         return torch.full(inputs.g.shape, -torch.inf, device=inputs.x.device)
 
     def window(self, kv_usage: float) -> int:
-        return self._window or round(kv_usage * self.length)
+        return self._window * (kv_usage > 0) or round(kv_usage * self.length)
 
 
 class All(Router):

@@ -37,4 +37,4 @@ class Learned(Router):
             angle = 1 - cosine_similarity(inputs.prediction, inputs.v.to(inputs.prediction.dtype), dim=-1)
             size = (inputs.write.norm(dim=-1) + 0.01).log()
             x = torch.cat([x, angle.to(x.dtype), size.to(x.dtype)], -1)
-        return self.mlp(x).sigmoid()
+        return self.mlp(x).float().sigmoid()  # bfloat16 has few values around 0.5: too many ties

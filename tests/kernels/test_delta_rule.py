@@ -1,0 +1,255 @@
+"""The chunked delta rule against its definition, token by token, and both against transformers' implementation."""
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.functional import normalize
+from torch.testing import assert_close
+
+from kernels import dispatch
+from kernels.delta_rule import BACKENDS, chunked, gated_delta_rule
+
+FAST = sorted(set(BACKENDS) - {"naive"})
+INPUTS = ("q", "k", "v", "g", "beta", "initial_state")
+OUTPUTS = ("o", "prediction", "final_state")
+
+
+def make(
+    *,
+    seed=0,
+    B=1,
+    T=8,
+    H=2,
+    K=4,
+    V=4,
+    groups=1,
+    N=None,
+    keys="any",
+    decay="any",
+    beta="any",
+    dtype=torch.float64,
+):
+    """q, k, v, g, beta, initial_state. N sequences, B of them by default."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    q, k = normalize(normal(B, T, H, K), dim=-1), normal(B, T, H, K)
+    if keys == "alike":
+        k = normal(1, 1, H, K) + 1e-3 * k
+    k = normalize(k, dim=-1) * {"zero": 0.0, "some zero": torch.rand(B, T, H, 1, generator=draw) > 0.5}.get(keys, 1.0)
+    heads = B, T, H * groups
+    g = {
+        "none": torch.zeros(heads),
+        "any": -normal(*heads).exp(),
+        "slow": -1e-3 * normal(*heads).exp(),
+        "reset": -1e4 * (torch.rand(heads, generator=draw) > 0.7),
+        "fast": torch.full(heads, -1e4),
+    }[decay]
+    strength = {"any": normal(*heads).sigmoid(), "0": torch.zeros(heads), "1": torch.ones(heads)}[beta]
+    state = normal(N or B, H * groups, K, V)
+    parts = q, k, normal(*heads, V), g, strength, state
+    return {name: x.to(dtype).requires_grad_() for name, x in zip(INPUTS, parts, strict=True)}
+
+
+def run(inputs, outputs=OUTPUTS, **options):
+    """Results and gradients, by name; the gradients are of a random function of the named outputs."""
+    results = dict(zip(OUTPUTS, gated_delta_rule(**inputs, **options), strict=True))
+    draw = torch.Generator().manual_seed(1)
+    weights = {name: torch.randn(x.shape, generator=draw, dtype=torch.float64) for name, x in results.items()}
+    loss = sum((results[name] * weights[name].to(results[name])).sum() for name in outputs)
+    present = {name: x for name, x in inputs.items() if x is not None}
+    gradients = torch.autograd.grad(loss, list(present.values()), allow_unused=True, materialize_grads=True)
+    return {name: x.detach() for name, x in results.items()} | {
+        f"gradient of {name}": x for name, x in zip(present, gradients, strict=True)
+    }
+
+
+def compare(one, other, tolerance):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].isfinite().all(), name
+        size = 1 + other[name].abs().max().item() if other[name].numel() else 1
+        assert_close(one[name].double(), other[name], rtol=0, atol=tolerance * size, msg=lambda m, n=name: f"{n}: {m}")
+
+
+shapes = st.fixed_dictionaries(
+    {
+        "seed": st.integers(0, 1000),
+        "H": st.integers(1, 3),
+        "K": st.integers(1, 6),
+        "V": st.integers(1, 6),
+        "groups": st.integers(1, 3),
+        "keys": st.sampled_from(["any", "alike", "zero", "some zero"]),
+        "decay": st.sampled_from(["none", "any", "slow", "reset", "fast"]),
+        "beta": st.sampled_from(["any", "0", "1"]),
+    }
+)
+
+
+@pytest.mark.parametrize("backend", FAST)
+class TestAgainstTheDefinition:
+    @pytest.mark.parametrize("delta", [True, False])
+    @given(shape=shapes, B=st.integers(1, 3), T=st.sampled_from([1, 2, 15, 16, 17, 32, 43]), first=st.booleans())
+    def test_batches(self, backend, delta, shape, B, T, first):
+        inputs = make(B=B, T=T, **shape) | ({} if first else {"initial_state": None})
+        compare(run(inputs, backend=backend, delta=delta), run(inputs, backend="naive", delta=delta), 1e-9)
+
+    @pytest.mark.parametrize("delta", [True, False])
+    @given(
+        shape=shapes,
+        lengths=st.lists(st.sampled_from([0, 0, 1, 5, 16, 17, 35]), min_size=1, max_size=5).filter(any),
+        first=st.booleans(),
+    )
+    def test_packed_sequences(self, backend, delta, shape, lengths, first):
+        bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        inputs = make(T=sum(lengths), N=len(lengths), **shape) | ({} if first else {"initial_state": None})
+        options = {"delta": delta, "cu_seqlens": bounds}
+        compare(run(inputs, backend=backend, **options), run(inputs, backend="naive", **options), 1e-9)
+
+    @pytest.mark.parametrize("output", OUTPUTS)
+    @pytest.mark.parametrize("delta", [True, False])
+    def test_gradients_of_one_output_alone(self, backend, delta, output):
+        inputs, options = make(T=37), {"delta": delta, "outputs": [output]}
+        compare(run(inputs, backend=backend, **options), run(inputs, backend="naive", **options), 1e-9)
+
+    @pytest.mark.parametrize("keys", ["any", "alike"])
+    @pytest.mark.parametrize("decay", ["none", "any", "reset"])
+    def test_single_precision(self, backend, keys, decay):
+        exact = make(B=2, T=100, K=16, V=16, keys=keys, decay=decay, beta="1" if keys == "alike" else "any")
+        rounded = {name: x.detach().float() for name, x in exact.items()}
+        exact = {name: x.double().requires_grad_() for name, x in rounded.items()}
+        for x in rounded.values():
+            x.requires_grad_()
+        compare(run(rounded, backend=backend), run(exact, backend="naive"), 1e-5)
+
+    def test_defaults(self, backend):
+        """No decay, a write strength of one, and a scale of K ** -0.5."""
+        inputs = make(T=20) | {"initial_state": None}
+        inputs |= {"g": torch.zeros_like(inputs["g"]), "beta": torch.ones_like(inputs["beta"])}
+        told = gated_delta_rule(**inputs, scale=0.5, backend="naive")
+        for one, other in zip(gated_delta_rule(*(inputs[n] for n in "qkv"), backend=backend), told, strict=True):
+            assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_a_reset_forgets_and_what_follows_is_exact():
+    """After a log-decay of -1e4 single precision could no longer tell the small decays that follow apart."""
+    inputs = make(B=1, T=16, decay="slow")
+    inputs["g"] = torch.where(torch.arange(16)[None, :, None] == 3, -1e4, inputs["g"].detach()).requires_grad_()
+    rounded = {name: x.detach().float().requires_grad_() for name, x in inputs.items()}
+    exact = {name: x.detach().double().requires_grad_() for name, x in rounded.items()}
+    one, other = run(rounded, backend="torch"), run(exact, backend="naive")
+    compare(one, other, 2e-6)
+    changed = exact | {"initial_state": exact["initial_state"] * 7}
+    assert torch.equal(run(changed, backend="naive")["o"][:, 3:], other["o"][:, 3:])
+
+
+@pytest.mark.parametrize("delta", [True, False])
+def test_chunked_gradients_are_those_of_finite_differences(delta):
+    inputs = make(T=5, H=1, K=2, V=3)
+    options = {"scale": 0.7, "cu_seqlens": None, "delta": delta, "chunk_size": 2}
+
+    def function(q, k, v, g, beta, initial_state):
+        return chunked.gated_delta_rule(q, k, v, g, beta, initial_state=initial_state, **options)
+
+    assert torch.autograd.gradcheck(function, list(inputs.values()))
+
+
+@pytest.fixture(scope="module")
+def transformers_rule():
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule as rule
+
+    return getattr(rule, "__wrapped__", rule)  # where fla is installed, the rule is wrapped to run on a GPU alone
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@given(shape=shapes, T=st.sampled_from([1, 16, 21]))
+def test_transformers_says_the_same(transformers_rule, backend, shape, T):
+    inputs = {name: x.detach().float() for name, x in make(B=2, T=T, **shape).items()}
+    o, prediction, state = gated_delta_rule(**inputs, backend=backend)
+
+    golden = {name: inputs[name].repeat_interleave(shape["groups"], 2) for name in "qk"}
+    golden = {"query": golden["q"], "key": golden["k"], "value": inputs["v"], "g": inputs["g"], "beta": inputs["beta"]}
+
+    def golden_rule(tokens):
+        parts = {name: x[:, :tokens] for name, x in golden.items()}
+        first = inputs["initial_state"]
+        return transformers_rule(**parts, initial_state=first, output_final_state=True) if tokens else (None, first)
+
+    golden_o, golden_state = golden_rule(T)
+    _, before = golden_rule(T - 1)  # what the memory held when the last token came
+    decayed = before * inputs["g"][:, -1].exp()[..., None, None]
+    golden_prediction = torch.einsum("bhk,bhkv->bhv", golden["key"][:, -1], decayed)
+    assert_close(o, golden_o, rtol=1e-5, atol=1e-5)
+    assert_close(state, golden_state, rtol=1e-5, atol=1e-5)
+    assert_close(prediction[:, -1], golden_prediction, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+class TestInterface:
+    def test_a_bfloat16_model_keeps_prediction_and_state_in_float32(self, backend):
+        inputs = make(B=2, T=20, dtype=torch.bfloat16)
+        o, prediction, state = gated_delta_rule(**inputs, backend=backend)
+        assert (o.dtype, prediction.dtype, state.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+        wide = {name: x.float() for name, x in inputs.items()}
+        for one, other in zip((prediction, state), gated_delta_rule(**wide, backend=backend)[1:], strict=True):
+            assert torch.equal(one, other)
+
+    def test_autocast_leaves_the_recurrence_alone(self, backend):
+        inputs = make(B=2, T=20, dtype=torch.float32)
+        plain = run(inputs, backend=backend)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = run(inputs, backend=backend)
+        for name in plain if backend in FAST else OUTPUTS:  # backward() of torch's own operations follows autocast
+            assert torch.equal(plain[name], cast[name]), name
+
+    def test_no_tokens_leave_the_state_as_it_was(self, backend):
+        inputs = make(B=2, T=0)
+        o, prediction, state = gated_delta_rule(**inputs, backend=backend)
+        assert o.shape == prediction.shape == (2, 0, 2, 4)
+        assert torch.equal(state, inputs["initial_state"])
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"q": torch.zeros(1, 8, 2, 5)}, "q, k .* do not fit"),
+            ({"q": torch.zeros(1, 7, 2, 4), "k": torch.zeros(1, 7, 2, 4)}, "q, k .* do not fit"),
+            ({"v": torch.zeros(1, 8, 3, 4)}, r"the value heads \(3\) must be a multiple of the key heads \(2\)"),
+            ({"g": torch.zeros(1, 8, 1)}, r"g must be \(1, 8, 2\)"),
+            ({"beta": torch.zeros(1, 8)}, r"beta must be \(1, 8, 2\)"),
+            ({"initial_state": torch.zeros(2, 2, 4, 4)}, r"initial_state must be \(1, 2, 4, 4\)"),
+            ({"cu_seqlens": torch.tensor([0, 4, 8])}, r"initial_state must be \(2, 2, 4, 4\)"),
+            ({"cu_seqlens": torch.tensor([0, 5, 4, 8])}, r"cu_seqlens must rise from 0 to 8 .*, got \[0, 5, 4, 8\]"),
+            ({"cu_seqlens": torch.tensor([0, 7])}, "cu_seqlens must rise from 0 to 8"),
+            ({"cu_seqlens": torch.tensor([1, 8])}, "cu_seqlens must rise from 0 to 8"),
+            ({"cu_seqlens": torch.tensor([0])}, "cu_seqlens must rise from 0 to 8"),
+        ],
+    )
+    def test_shapes_that_do_not_fit(self, backend, changes, message):
+        with pytest.raises(ValueError, match=message):
+            gated_delta_rule(**make() | changes, backend=backend)
+
+    def test_packing_takes_one_row(self, backend):
+        with pytest.raises(ValueError, match="cu_seqlens needs a batch of one packed row, got 2 rows"):
+            gated_delta_rule(**make(B=2), cu_seqlens=torch.tensor([0, 8, 16]), backend=backend)
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="unknown backend 'trition' for delta_rule; known: auto, naive, torch"):
+        gated_delta_rule(**make(), backend="trition")
+
+
+def test_the_choice_of_backend_is_logged_once_and_kept(monkeypatch, caplog):
+    monkeypatch.setattr(dispatch, "CHOSEN", {})
+    with caplog.at_level(logging.INFO, dispatch.__name__):
+        for backend in ("auto", "torch", "naive"):
+            gated_delta_rule(**make(), backend=backend)
+            assert dispatch.CHOSEN["delta_rule"] == ("naive" if backend == "naive" else "torch")
+    assert [record.getMessage() for record in caplog.records] == [
+        "delta_rule runs on the torch backend",
+        "delta_rule runs on the naive backend",
+    ]

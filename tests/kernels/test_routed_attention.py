@@ -1,0 +1,199 @@
+"""Attention over stored tokens, gathered and masked, against its definition and against causal attention."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+from torch.testing import assert_close
+
+from kernels.routed_attention import gathered, routed_attention
+
+USAGES = [0.0, 0.05, 0.5, 1.0]
+PATHS = ["gathered", "masked"]
+
+
+@pytest.fixture(params=PATHS)
+def path(request):
+    """The torch backend kept to one of its paths, in small blocks; the gathered one fails if it falls back."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gathered, "DENSE_BELOW", 0 if request.param == "gathered" else 1_000_000)
+        patch.setattr(gathered, "QUERY_BLOCK", 7)
+        masked = gathered._masked
+
+        def only_with_a_window(q, k, v, stored, bias, scale, window):
+            assert window or request.param == "masked"
+            return masked(q, k, v, stored, bias, scale, window)
+
+        patch.setattr(gathered, "_masked", only_with_a_window)
+        yield request.param
+
+
+def make(*, seed=0, B=1, T=20, H=2, K=4, V=3, groups=1, usages=(0.5,), bias=False):
+    """q, k, v, stored, bias; key head h stores a share `usages[h]` of its tokens, cycled over rows and heads."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=draw, dtype=torch.float64).requires_grad_()
+
+    share = torch.tensor(usages).repeat(B * H)[: B * H].view(B, 1, H)
+    stored = torch.rand(B, T, H, generator=draw) < share
+    q, k, v = normal(B, T, H * groups, K), normal(B, T, H, K), normal(B, T, H, V)
+    return {"q": q, "k": k, "v": v, "stored": stored, "bias": normal(B, T, H) if bias else None}
+
+
+def run(inputs, **options):
+    """The output and the gradients of a random function of it."""
+    o = routed_attention(**inputs, **options)
+    weight = torch.randn(o.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    leaves = [x for x in inputs.values() if x is not None and x.requires_grad]
+    return [o.detach(), *torch.autograd.grad((o * weight.to(o)).sum(), leaves)]
+
+
+def check_against_the_definition(inputs, tolerance=1e-12, **options):
+    ours, naive = run(inputs, backend="torch", **options), run(inputs, backend="naive", **options)
+    for one, other in zip(ours, naive, strict=True):
+        assert one.isfinite().all()
+        assert_close(one, other, rtol=0, atol=tolerance * (1 + other.abs().max().item()))
+
+
+shapes = st.fixed_dictionaries(
+    {
+        "seed": st.integers(0, 1000),
+        "H": st.integers(1, 3),
+        "K": st.integers(1, 5),
+        "V": st.integers(1, 5),
+        "groups": st.integers(1, 3),
+        "usages": st.lists(st.sampled_from(USAGES), min_size=1, max_size=6),
+        "bias": st.booleans(),
+    }
+)
+windows = st.sampled_from([0, 0, 0, 1, 3, 100])
+scales = st.sampled_from([None, 1.0, 2.5])
+one_path_for_all_examples = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@one_path_for_all_examples
+@given(shape=shapes, B=st.integers(1, 3), T=st.integers(1, 40), window=windows, scale=scales)
+def test_batches(path, shape, B, T, window, scale):
+    check_against_the_definition(make(B=B, T=T, **shape), window=window, scale=scale)
+
+
+@one_path_for_all_examples
+@given(
+    shape=shapes,
+    lengths=st.lists(st.sampled_from([0, 0, 1, 6, 7, 8, 25]), min_size=1, max_size=5).filter(any),
+    window=windows,
+    scale=scales,
+)
+def test_packed_sequences(path, shape, lengths, window, scale):
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    check_against_the_definition(make(T=sum(lengths), **shape), cu_seqlens=bounds, window=window, scale=scale)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("usages", [(u,) for u in USAGES] + [(0.9, 0.0, 0.05, 0.0), (1.0, 0.0)], ids=str)
+def test_usages_even_and_skewed(path, usages, bias):
+    check_against_the_definition(make(B=2, T=64, H=4, groups=2, usages=usages, bias=bias))
+
+
+def test_single_precision(path):
+    inputs = make(B=2, T=64, H=4, usages=(0.9, 0.0, 0.05, 0.5), bias=True)
+    rounded = {n: x.detach().float().requires_grad_() if x.is_floating_point() else x for n, x in inputs.items()}
+    exact = {n: x.detach().double().requires_grad_() if x.is_floating_point() else x for n, x in rounded.items()}
+    for one, other in zip(run(rounded, backend="torch"), run(exact, backend="naive"), strict=True):
+        assert_close(one.double(), other, rtol=0, atol=1e-5)
+
+
+def test_beyond_the_length_where_gathering_begins():
+    """As it comes, with more than one block of queries."""
+    T = max(gathered.DENSE_BELOW, gathered.QUERY_BLOCK) + 9
+    check_against_the_definition(make(T=T, H=2, K=2, V=2, usages=(0.02, 0.3)))
+
+
+@pytest.mark.parametrize("backend", ["naive", "torch"])
+class TestNothingStored:
+    def test_reads_exact_zeros_and_has_zero_gradients(self, path, backend):
+        for x in run(make(B=2, usages=(0.0,), bias=True), backend=backend):
+            assert torch.equal(x, torch.zeros_like(x))
+
+    def test_before_the_first_stored_token(self, path, backend):
+        inputs = make(B=2, H=2, usages=(0.0,))
+        inputs["stored"][:, 12, 1] = True
+        o, *gradients = run(inputs, backend=backend)
+        assert torch.equal(o[:, :12], torch.zeros_like(o[:, :12]))
+        assert torch.equal(o[:, :, 0], torch.zeros_like(o[:, :, 0]))
+        assert torch.equal(o[:, 12:, 1], inputs["v"][:, 12:13, 1].expand(-1, 8, -1))  # one key: its value, exactly
+        assert all(x.isfinite().all() for x in gradients)
+
+    def test_however_large_the_logits(self, path, backend):
+        inputs = make(B=1, usages=(0.0, 0.1))
+        for x in run(inputs | {"q": (1e4 * inputs["q"]).detach().requires_grad_()}, backend=backend):
+            assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["naive", "torch"])
+class TestMeaning:
+    @pytest.mark.parametrize("groups", [1, 3])
+    def test_everything_stored_is_causal_attention(self, path, backend, groups):
+        inputs = make(B=2, T=30, groups=groups, usages=(1.0,))
+        q, k, v = (inputs[name].transpose(1, 2) for name in "qkv")
+        golden = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        assert_close(routed_attention(**inputs, backend=backend), golden, rtol=0, atol=1e-12)
+
+    def test_a_window_as_long_as_the_sequence_is_causal_attention(self, path, backend):
+        inputs = make(B=2, T=30, usages=(0.5,))
+        everything = inputs | {"stored": torch.ones_like(inputs["stored"])}
+        one = routed_attention(**inputs, window=30, backend=backend)
+        assert_close(one, routed_attention(**everything, backend=backend), rtol=0, atol=1e-12)
+
+    def test_what_is_not_stored_does_not_matter(self, path, backend):
+        inputs = make(B=2, T=30, usages=(0.3,))
+        hidden = ~inputs["stored"][..., None]
+        other = inputs | {name: torch.where(hidden, 1e3 * inputs[name] + 7, inputs[name]) for name in "kv"}
+        assert torch.equal(routed_attention(**inputs, backend=backend), routed_attention(**other, backend=backend))
+
+    @pytest.mark.parametrize("window", [0, 3])
+    def test_no_output_depends_on_a_later_token(self, path, backend, window):
+        inputs, other = make(B=2, T=30, bias=True), make(seed=1, B=2, T=30, bias=True)
+        joined = {name: torch.cat([x[:, :17], other[name][:, 17:]], 1) for name, x in inputs.items()}
+        one, two = (routed_attention(**x, window=window, backend=backend) for x in (inputs, joined))
+        assert_close(one[:, :17], two[:, :17], rtol=0, atol=1e-12)
+        assert not torch.equal(one[:, 17:], two[:, 17:])
+
+
+@pytest.mark.parametrize("backend", ["naive", "torch"])
+class TestInterface:
+    def test_no_tokens(self, backend):
+        assert routed_attention(**make(T=0, groups=2), backend=backend).shape == (1, 0, 4, 3)
+
+    def test_the_output_has_the_dtype_of_the_values(self, backend):
+        inputs = {n: x if x is None or n == "stored" else x.bfloat16() for n, x in make().items()}
+        assert routed_attention(**inputs, backend=backend).dtype == torch.bfloat16
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"q": torch.zeros(1, 20, 3, 4)}, "q, k and v do not fit"),
+            ({"q": torch.zeros(1, 20, 2, 5)}, "q, k and v do not fit"),
+            ({"v": torch.zeros(1, 19, 2, 3)}, "q, k and v do not fit"),
+            ({"stored": torch.zeros(1, 20, 1, dtype=torch.bool)}, r"stored must be \(1, 20, 2\)"),
+            ({"stored": torch.zeros(1, 20, 2)}, "stored must be bool, got torch.float32"),
+            ({"bias": torch.zeros(1, 20)}, r"bias must be \(1, 20, 2\)"),
+            ({"window": -1}, "window must not be negative, got -1"),
+            ({"cu_seqlens": torch.tensor([0, 19])}, "cu_seqlens must rise from 0 to 20"),
+        ],
+    )
+    def test_arguments_that_do_not_fit(self, backend, changes, message):
+        with pytest.raises(ValueError, match=message):
+            routed_attention(**make() | changes, backend=backend)
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="unknown backend 'flash' for routed_attention; known: auto, naive, torch"):
+        routed_attention(**make(), backend="flash")
+
+
+def test_rows_are_grouped_by_like_size():
+    assert gathered._like_sizes([1000, 900, 810, 500, 12, 0, 0]) == [3, 1, 3]
+    assert gathered._like_sizes([5]) == [1]
