@@ -1,7 +1,4 @@
-"""What every mixer keeps to, whatever it is: one that is registered is tested by being registered.
-
-Splits through the state, packing and padding must not show; no output depends on a later token; extremes stay finite.
-"""
+"""What every mixer keeps to: one that is registered is tested by being registered."""
 
 from functools import cache
 from itertools import pairwise

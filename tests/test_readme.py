@@ -1,0 +1,36 @@
+"""The README's own code runs."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from mixers import build_mixer
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+PYTHON = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def test_the_mixer_example_runs_and_a_split_changes_nothing():
+    code = next(block for block in PYTHON if "build_mixer" in block)
+    names: dict = {}
+    exec(code.replace("x = torch.randn", "mixer.eval(); x = torch.randn"), names)
+    halves = torch.cat([names["a"].hidden, names["b"].hidden], 1)
+    torch.testing.assert_close(halves, names["out"].hidden, rtol=1e-5, atol=1e-5)
+    assert names["out"].routing.scores.shape == names["out"].routing.stored.shape == (2, 10, 2)
+
+
+def test_the_router_example_works_by_path_and_by_name(tmp_path, monkeypatch):
+    code = next(block for block in PYTHON if "register_router" in block)
+    assert len(code.strip().splitlines()) <= 12
+    (tmp_path / "my_router.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("my_router.MyRouter", "mine"):  # the path imports the module, which registers the name
+        out = build_mixer("ham", dim=8, num_heads=2, router=name)(torch.randn(1, 6, 8))
+        assert out.routing.scores.shape == (1, 6, 2) and out.routing.scores.isfinite().all()
+
+
+def test_every_picture_and_file_that_is_named_exists():
+    root = Path(__file__).parents[1]
+    for path in re.findall(r"\]\(([\w./-]+)\)", README):
+        assert (root / path).exists(), path
