@@ -17,11 +17,12 @@ COMMANDS = {
     "test": ("recipes.cli:main", "evaluate a checkpoint on the test split:  test --ckpt_path last --kv_usage 0.1"),
     "predict": ("recipes.cli:main", "run a checkpoint over the test split"),
     "compare": ("recipes.compare:compare", "train several mixers on one task, several seeds, one table"),
+    "bench": ("recipes.bench:bench", "speed and memory head to head: operations and whole mixers"),
     "figures": ("recipes.figures:figures", "draw what a checkpoint keeps of a text"),
     "ls": ("recipes.listing:ls", "the mixers, routers, thresholds, data and recipes there are"),
     "show": ("recipes.listing:show", "what one of them is, and its options"),
 }
-FUNCTIONS = ("compare", "figures")
+FUNCTIONS = ("compare", "bench", "figures")
 
 
 def usage() -> str:

@@ -1,0 +1,205 @@
+"""Who is timed: for each group a list of contestants, the first of which is what the others are compared with.
+
+A contestant is a name and a function of the case that returns the step to time. Adding a rival is adding one here.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernels import delta_rule, routed_attention
+from mixers.base import kv_cache_bytes, state_bytes
+from mixers.registry import build_mixer, parse_pattern
+from mixers.threshold import share_threshold
+from recipes.bench_measure import Runner
+
+PHASES = ("forward", "train", "prefill", "decode")
+GROUPS = {
+    "delta_rule": ("forward", "train"),
+    "routed_attention": ("forward", "train"),
+    "mixers": PHASES,
+}
+"""group -> the phases that it knows"""
+DEPTH = 4  # mixers on top of each other, so that a pattern of layers is compared at equal depth
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is the same for all contestants of a comparison."""
+
+    group: str
+    phase: str
+    dtype: str
+    batch: int
+    length: int
+    heads: int
+    head_dim: int
+    device: str
+    seed: int
+
+    def randn(self, *shape: int) -> Tensor:
+        """Normal draws on the device that take a gradient in training."""
+        x = torch.randn(*shape, device=self.device).to(getattr(torch, self.dtype))
+        return x.requires_grad_(self.phase == "train")
+
+
+Build = Callable[[Case], Runner | Callable[[], object]]
+
+
+def contestants(case: Case, kv_usages: list[float], skews: list[str]) -> Iterator[tuple[str, Build]]:
+    """(name, function that builds it), the reference first."""
+    if case.group == "delta_rule":
+        yield "sdpa", _sdpa
+        for backend in delta_rule.BACKENDS:
+            if backend != "naive":
+                yield f"ours ({backend})", lambda case, b=backend: _delta_rule(case, b)
+        yield "transformers (chunked)", _transformers
+        if case.device == "cuda":
+            yield "fla", _fla
+    elif case.group == "routed_attention":
+        yield "sdpa", _sdpa
+        for usage in kv_usages:
+            for skew in skews:
+                for backend in routed_attention.BACKENDS:
+                    if backend != "naive":
+                        name = f"ours ({backend}) {usage:g}" + (f" {skew}" if skew != "even" else "")
+                        yield name, lambda case, b=backend, u=usage, s=skew: _routed(case, b, u, s)
+    else:
+        yield "attention", lambda case: _mixers(case, "attention")
+        yield "gdn", lambda case: _mixers(case, "gdn")
+        for usage in kv_usages:
+            for skew in skews:
+                name = f"ham {usage:g}" + (f" {skew}" if skew != "even" else "")
+                yield name, lambda case, u=usage, s=skew: _mixers(case, "ham", u, s)
+            if usage in (0.5, 0.25):
+                pattern = "gdn,attention" if usage == 0.5 else "gdn*3,attention"
+                yield f"hybrid {pattern}", lambda case, p=pattern: _mixers(case, p)
+
+
+def _steps(case: Case, function: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], object]:
+    """The forward pass alone, or with the gradients of `leaves`."""
+    if case.phase == "train":
+        gradient = torch.randn_like(function())
+        return lambda: torch.autograd.grad(function(), leaves, gradient)
+    return torch.no_grad()(function)
+
+
+def _sdpa(case: Case):
+    """Causal softmax attention over all keys; FlashAttention where torch has it."""
+    q, k, v = (case.randn(case.batch, case.heads, case.length, case.head_dim) for _ in range(3))
+    return _steps(case, lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), [q, k, v])
+
+
+def _delta_inputs(case: Case) -> list[Tensor]:
+    """q, k normalised, v, g with memories of 2 to 1000 tokens, beta."""
+    shape = case.batch, case.length, case.heads
+    q, k, v = (case.randn(*shape, case.head_dim) for _ in range(3))
+    with torch.no_grad():
+        q, k = (F.normalize(x.float(), dim=-1).to(v.dtype).requires_grad_(v.requires_grad) for x in (q, k))
+        g = -torch.empty(shape, device=case.device).uniform_(-7, -1).exp()
+        beta = torch.rand(shape, device=case.device)
+    return [q, k, v, *(x.requires_grad_(v.requires_grad) for x in (g, beta))]
+
+
+def _delta_rule(case: Case, backend: str):
+    q, k, v, g, beta = inputs = _delta_inputs(case)
+    return _steps(case, lambda: delta_rule.gated_delta_rule(q, k, v, g, beta, backend=backend)[0], inputs)
+
+
+def _transformers(case: Case):
+    """What transformers runs for Gated DeltaNet where no kernel library is installed."""
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule as rule
+
+    rule = getattr(rule, "__wrapped__", rule)  # with fla installed, the plain function is underneath
+    q, k, v, g, beta = inputs = _delta_inputs(case)
+    return _steps(case, lambda: rule(q, k, v, g=g, beta=beta)[0], inputs)
+
+
+def _fla(case: Case):
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule as rule
+
+    q, k, v, g, beta = inputs = _delta_inputs(case)
+    return _steps(case, lambda: rule(q, k, v, g=g, beta=beta.to(v.dtype))[0], inputs)
+
+
+def stored_tokens(case: Case, usage: float, skew: str) -> Tensor:
+    """(B, T, H) bool: a random share of every head's tokens, or whole heads while the budget lasts."""
+    draw = torch.rand(case.batch, case.length, case.heads, device=case.device)
+    if skew == "one_head":
+        share = (usage * case.heads - torch.arange(case.heads, device=case.device)).clamp(0, 1)
+        return draw < share
+    return draw < usage
+
+
+def _routed(case: Case, backend: str, usage: float, skew: str) -> Runner:
+    q, k, v = (case.randn(case.batch, case.length, case.heads, case.head_dim) for _ in range(3))
+    stored = stored_tokens(case, usage, skew)
+
+    def attend() -> Tensor:
+        return routed_attention.routed_attention(q, k, v, stored, backend=backend)
+
+    return Runner(_steps(case, attend, [q, k, v]), {"kv_usage": float(stored.float().mean())})
+
+
+class _Stack(nn.Module):
+    """Mixers of a pattern, each added to the stream."""
+
+    def __init__(self, pattern, dim: int) -> None:
+        super().__init__()
+        self.mixers = nn.ModuleList(build_mixer(pattern[i % len(pattern)], dim=dim) for i in range(DEPTH))
+        share_threshold(self)
+
+    def forward(self, x: Tensor, states: list | None = None) -> tuple[Tensor, list]:
+        new = []
+        for mixer, state in zip(self.mixers, states or [None] * DEPTH, strict=True):
+            out = mixer(x, state=state)
+            x, new = x + out.hidden, [*new, out.state]
+        return x, new
+
+
+def _mixers(case: Case, pattern: str, usage: float | None = None, skew: str = "even") -> Runner:
+    """A stack of mixers; a HAM stores random tokens, or whole heads, so that its usage is the one asked for."""
+    options = {"num_heads": case.heads, "head_dim": case.head_dim}
+    if usage is not None:
+        options |= {"kv_usage": usage, "scope": "layer", "router": "random" if skew == "even" else "static"}
+    dim = case.heads * case.head_dim
+    specs = [spec | options for spec in parse_pattern(pattern)]
+    stack = _Stack(specs, dim).to(case.device)
+    x = case.randn(case.batch, case.length, dim)
+    amp = torch.autocast(case.device, getattr(torch, case.dtype), enabled=case.dtype in ("bfloat16", "float16"))
+    if case.dtype == "float64":
+        stack.double()
+    with torch.no_grad(), amp:
+        stack(x)  # a step of training fills the threshold's table
+    if case.phase != "train":
+        stack.eval()
+
+    def run(tokens: Tensor, states: list | None = None) -> tuple[Tensor, list]:
+        with amp:
+            return stack(tokens, states)
+
+    def empty() -> list:
+        return [mixer.init_state(case.batch, device=case.device, dtype=x.dtype) for mixer in stack.mixers]
+
+    with torch.no_grad():
+        after = run(x, empty())[1] if case.phase in ("prefill", "decode") else None
+    facts = {"parameters": sum(p.numel() for p in stack.parameters())}
+    if after is not None:
+        facts |= {"kv_bytes": kv_cache_bytes(after), "state_bytes": state_bytes(after)}
+    if case.phase == "train":
+        leaves = [x, *(p for p in stack.parameters() if p.requires_grad)]
+        gradient = torch.randn_like(x)
+
+        def train() -> object:
+            return torch.autograd.grad(run(x)[0], leaves, gradient.to(x.dtype), allow_unused=True)
+
+        return Runner(train, facts)
+    steps = {
+        "forward": lambda: run(x),
+        "prefill": lambda: run(x, empty()),
+        "decode": lambda: run(x[:, -1:], after),
+    }
+    return Runner(torch.no_grad()(steps[case.phase]), facts)

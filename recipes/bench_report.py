@@ -1,0 +1,133 @@
+"""The table, the plots and the JSON of a benchmark."""
+
+from collections import defaultdict
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from recipes.results import markdown_table, stamp, write_json
+
+Row = dict[str, Any]
+SHARED = ("group", "phase", "dtype", "batch", "length", "heads", "head_dim", "device")
+
+
+def report(rows: list[Row], settings: dict[str, Any], folder: Path) -> None:
+    """Writes results.json, table.md and a plot a group into the folder, and prints the table."""
+    summarise(rows)
+    text = "\n\n".join(_table(case, some) for case, some in _by_case(rows).items())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.md").write_text(text + "\n")
+    write_json(folder / "results.json", stamp() | {"settings": settings, "rows": rows})
+    for group in dict.fromkeys(row["group"] for row in rows):
+        draw([row for row in rows if row["group"] == group], folder / f"{group}.png")
+    print(f"\n{text}\n\nwritten to {folder}/")
+
+
+def summarise(rows: list[Row]) -> None:
+    """Adds median, p20, p80 and tokens_per_second, and the median ratio of the rounds to the case's reference, which is
+    its first contestant that has a time."""
+    for some in _by_case(rows).values():
+        timed = [row for row in some if row.get("seconds")]
+        for row in timed:
+            row["median"] = median(row["seconds"])
+            row["p20"], row["p80"] = _p20_p80(row["seconds"])
+            new = 1 if row["phase"] == "decode" else row["length"]
+            row["tokens_per_second"] = row["batch"] * new / row["median"]
+            ratios = [a / b for a, b in zip(row["seconds"], timed[0]["seconds"], strict=False)]
+            row["reference"] = timed[0]["contestant"]
+            row["ratio"] = median(ratios)
+            row["ratio_p20"], row["ratio_p80"] = _p20_p80(ratios)
+
+
+def _p20_p80(samples: list[float]) -> tuple[float, float]:
+    if len(samples) == 1:
+        return samples[0], samples[0]
+    fifths = quantiles(samples, n=5, method="inclusive")
+    return fifths[0], fifths[3]
+
+
+def _by_case(rows: list[Row]) -> dict[tuple, list[Row]]:
+    cases: dict[tuple, list[Row]] = defaultdict(list)
+    for row in rows:
+        cases[tuple(row[key] for key in SHARED)].append(row)
+    return cases
+
+
+def _table(case: tuple, rows: list[Row]) -> str:
+    c = dict(zip(SHARED, case, strict=True))
+    sizes = f"B {c['batch']}, T {c['length']}, H {c['heads']}, K = V {c['head_dim']}"
+    title = f"**{c['group']}, {c['phase']}**, {sizes}, {c['dtype']}, {c['device']}"
+    reference = next((row["reference"] for row in rows if "reference" in row), "-")
+    header = ["contestant", "ms [p20, p80]", f"x {reference}", "[p20, p80]", "tokens/s", "peak MiB"]
+    held = any("kv_bytes" in row for row in rows)
+    header += ["KV MiB", "state MiB"] if held else []
+    return f"{title}\n\n" + markdown_table(header, [_line(row, held) for row in rows])
+
+
+def _line(row: Row, held: bool) -> list[str]:
+    if "median" not in row:
+        return [row["contestant"], row.get("error", "no sample"), *["-"] * (6 if held else 4)]
+
+    def mebibytes(key: str) -> str:
+        return f"{row[key] / 2**20:.2f}" if key in row else "-"
+
+    return [
+        row["contestant"],
+        f"{1e3 * row['median']:.2f} [{1e3 * row['p20']:.2f}, {1e3 * row['p80']:.2f}]",
+        f"{row['ratio']:.2f}",
+        f"[{row['ratio_p20']:.2f}, {row['ratio_p80']:.2f}]",
+        f"{row['tokens_per_second']:,.0f}",
+        mebibytes("peak_bytes"),
+        *([mebibytes("kv_bytes"), mebibytes("state_bytes")] if held else []),
+    ]
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Time and peak memory against T, a panel a phase; bars where there is one length only."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if "median" in row]
+    if not rows:
+        return
+    phases = list(dict.fromkeys((row["phase"], row["dtype"]) for row in rows))
+    names = list(dict.fromkeys(row["contestant"] for row in rows))
+    colour = {name: f"C{i}" if i < 10 else "grey" for i, name in enumerate(names)}
+    figure = Figure(figsize=(11, 0.8 + 3.4 * len(phases)), layout="constrained")
+    panels = figure.subplots(len(phases), 2, squeeze=False)
+    for (phase, dtype), line in zip(phases, panels, strict=True):
+        some = [row for row in rows if (row["phase"], row["dtype"]) == (phase, dtype)]
+        for axes, key, unit, label in ((line[0], "median", 1e3, "ms"), (line[1], "peak_bytes", 2**-20, "peak MiB")):
+            _panel(axes, [row for row in some if key in row], key, unit, colour)
+            axes.set_title(f"{some[0]['group']}, {phase}, {dtype}: {label}", fontsize=10, loc="left")
+            axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = [], []
+    for axes in panels.flat:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            if label not in labels:
+                handles.append(handle)
+                labels.append(label)
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def _panel(axes, rows: list[Row], key: str, unit: float, colour: dict[str, str]) -> None:
+    lengths = sorted({row["length"] for row in rows})
+    if len(lengths) == 1:
+        rows = rows[::-1]
+        bars = [row[key] * unit for row in rows]
+        names = [row["contestant"] for row in rows]
+        axes.barh(names, bars, color=[colour[name] for name in names])
+        for place, value in enumerate(bars):
+            axes.text(value, place, f" {value:.3g}", va="center", fontsize=8)
+        axes.tick_params(labelsize=8)
+        return
+    for name in dict.fromkeys(row["contestant"] for row in rows):
+        points = sorted((row["length"], row[key] * unit) for row in rows if row["contestant"] == name)
+        axes.plot(*zip(*points, strict=True), marker="o", ms=4, color=colour[name], label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(lengths)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.set_xlabel("T", fontsize=9)
+    axes.grid(alpha=0.3)
