@@ -57,9 +57,7 @@ class GatedDeltaNet(Mixer):
         inner = self.memory.num_states * self.memory.value_dim
         self.norm = nn.RMSNorm(self.memory.value_dim, eps=norm_eps)
         self.gate = nn.Linear(dim, inner)
-        with torch.no_grad():  # starts near open: a gate of random sign hides what the memory answers (see README)
-            self.gate.weight.mul_(0.3)
-            self.gate.bias.fill_(1.0)
+        nn.init.ones_(self.gate.bias)  # starts open: a gate of random sign hides what the memory answers
         self.out = nn.Linear(inner, dim, bias=False)
 
     def init_state(

@@ -19,6 +19,7 @@ import difflib
 import importlib
 import inspect
 import operator
+import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -122,7 +123,7 @@ class Registry:
 
     def build(self, spec: str | Mapping[str, Any], /, *args: Any, **options: Any) -> Any:
         """Builds the part that a spec describes; `options` override those in the spec. Raises SpecError for an unknown
-        name or option and for a missing one."""
+        name or option, for a missing one, and for a value of another type than the option's."""
         given = parse_spec(spec)
         name = given.pop("name")
         given |= options
@@ -130,6 +131,9 @@ class Registry:
         for option in given:
             if option not in known:
                 raise unknown("option", option, known, of=f" for {self.kind} {name!r}")
+            if not _fits(given[option], known[option].annotation):
+                expected = getattr(known[option].annotation, "__name__", known[option].annotation)
+                raise SpecError(f"{option!r} of {self.kind} {name!r} must be {expected}, got {given[option]!r}")
         cls = self.get(name)
         try:
             inspect.signature(cls).bind(*args, **given)
@@ -180,6 +184,17 @@ class Registry:
             described = _origin(part) if inspect.isclass(part) else repr(part)
             raise SpecError(f"{described} is no {self.kind}: it does not subclass {module}.{attribute}")
         return part
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value has the type that an option's annotation names, as far as it names plain classes."""
+    kinds = annotation.__args__ if isinstance(annotation, types.UnionType) else (annotation,)
+    if annotation is inspect.Parameter.empty or not all(isinstance(kind, type) for kind in kinds):
+        return True
+    if isinstance(value, bool):
+        return bool in kinds
+    wider = (isinstance(value, int) and float in kinds) or (isinstance(value, Mapping) and dict in kinds)
+    return isinstance(value, kinds) or wider
 
 
 def _origin(cls: type) -> str:

@@ -52,6 +52,21 @@ class Threshold(nn.Module):
 
         return super()._apply(moved, recurse)
 
+    def train(self, mode: bool = True):
+        """Before evaluation, the step under way is counted."""
+        if not mode:
+            self._settle()
+        return super().train(mode)
+
+    def _save_to_state_dict(self, *args, **kwargs):
+        self._settle()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _settle(self) -> None:
+        """Count the step under way, unless other ranks would have to agree: they may not come here."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            self.close_step()
+
     def tau(self) -> Tensor:
         """The threshold, (H,) or (1,) float32: -inf at usage 1, inf at usage 0, whatever the kind."""
         if self.kv_usage in (0.0, 1.0):

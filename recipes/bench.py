@@ -126,25 +126,26 @@ def _run_all(cases: list[Case], settings: dict[str, Any]) -> list[dict[str, Any]
     named = set()
     with tqdm(total=len(cases), unit="case") as bar:
         for done, case in enumerate(cases):
-            runners = {}
+            runners: dict[str, Runner] = {}
+            mine: dict[str, dict[str, Any]] = {}  # contestant -> its row
             until = time.perf_counter() + (end - time.perf_counter()) / (len(cases) - done)
             for name, build in contestants(case, settings["kv_usages"], settings["skews"]):
                 named.add(name)
                 if settings["only"] and name not in settings["only"]:
                     continue
                 bar.set_postfix_str(f"{case.group} {case.phase} T={case.length}: {name}")
-                row = asdict(case) | {"contestant": name}
-                rows.append(row)
+                row = mine[name] = asdict(case) | {"contestant": name}
                 if time.perf_counter() > end:
                     row["error"] = "left out: the time was over"
                     continue
                 try:
                     runners[name] = prepare(build, case)
-                    row |= runners[name].facts
+                    row.update(runners[name].facts)
                 except Failed as error:
                     row["error"] = str(error)
                     bar.write(f"{name}, {case.group}, T = {case.length}: {error}")
-            _rounds(runners, rows, case, settings, until)
+            _rounds(runners, mine, settings, until)
+            rows += mine.values()
             bar.update()
     for name in settings["only"]:
         if name not in named:
@@ -152,9 +153,8 @@ def _run_all(cases: list[Case], settings: dict[str, Any]) -> list[dict[str, Any]
     return rows
 
 
-def _rounds(runners: dict[str, Runner], rows: list[dict[str, Any]], case: Case, settings: dict[str, Any], until: float) -> None:
+def _rounds(runners: dict[str, Runner], mine: dict[str, Any], settings: dict[str, Any], until: float) -> None:
     """Fills in the samples of a case, a round at a time, until the rounds or the time are over."""
-    mine = {row["contestant"]: row for row in rows if all(row[k] == v for k, v in asdict(case).items())}
     order = random.Random(settings["seed"])
     for done in range(settings["rounds"]):
         if done >= LEAST_ROUNDS and time.perf_counter() > until:

@@ -167,7 +167,7 @@ def _mixers(case: Case, pattern: str, usage: float | None = None, skew: str = "e
         options |= {"kv_usage": usage, "scope": "layer", "router": "random" if skew == "even" else "static"}
     dim = case.heads * case.head_dim
     specs = [spec | options for spec in parse_pattern(pattern)]
-    stack = _Stack(specs, dim).to(case.device)
+    stack = _Stack(specs, dim).to(case.device).train()
     x = case.randn(case.batch, case.length, dim)
     amp = torch.autocast(case.device, getattr(torch, case.dtype), enabled=case.dtype in ("bfloat16", "float16"))
     if case.dtype == "float64":

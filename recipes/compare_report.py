@@ -64,7 +64,10 @@ def _split(runs: list[Row]) -> str:
 
 
 def paired(rows: list[Row]) -> str:
-    """What each router gains over each control at the same asked usage, seed by seed, other options alike."""
+    """What each router gains over each control at the same asked usage, seed by seed.
+
+    Of several contestants of one control (static from the first or the last layer) the best on average is taken.
+    """
     metric = rows[0]["metric"]
     sign = 1 if HIGHER_IS_BETTER[metric] else -1
     cells: dict[tuple[str, float], dict[int, float]] = defaultdict(dict)
@@ -79,8 +82,9 @@ def paired(rows: list[Row]) -> str:
             continue
         cell = [label]
         for control in CONTROLS:
-            theirs = next((c for (other, u), c in cells.items() if u == usage and routers[other] == control), None)
-            shared = sorted(ours.keys() & theirs.keys()) if theirs else []
+            rivals = [c for (other, u), c in cells.items() if u == usage and routers[other] == control]
+            theirs = max(rivals, key=lambda c: sign * mean(c.values()), default={})
+            shared = sorted(ours.keys() & theirs.keys())
             gains = [sign * (ours[seed] - theirs[seed]) for seed in shared]
             wins = sum(gain > 0 for gain in gains)
             cell.append(f"{mean(gains):+.3f} ({wins} of {len(gains)})" if gains else "-")

@@ -1,18 +1,24 @@
-"""The gated delta rule in chunks: matrix products within a chunk, one small product per chunk from state to state.
+"""The gated delta rule in chunks: matrix products for all chunks at once, two small ones per chunk from state to state.
 
 Within a chunk of C tokens that starts from state S, with b_i = g_1 + ... + g_i, decays f = e^b (from the start) and
-e = e^(b_C - b) (to the end), and D_ij = e^(b_i - b_j) for i >= j:
+e = e^(b_C - b) (to the end), and the readers R = [K; Q] stacked, as predictions and outputs are read alike:
 
-    A = strict(K K^T * D)        Qm = Q K^T * D
-    prediction  P  = f K S + A U
+    B = R K^T * D       D_ij = e^(b_i - b_j) where reader i sees token j: j < i in the upper half, A, and j <= i below
+    read        [P; O] = f R S + B U
     write       U  = beta (V - P)             =>  U = X beta (V - f K S),  X = (I + beta A)^-1
-    output      O  = f Q S + Qm U
-    next state  S' = f_C S + (e K)^T U        =   M S + N,  M = f_C - (e K)^T X beta f K,  N = (e K)^T X beta V
+    next state  S' = f_C S + (e K)^T U
 
-M and N need no state, so all chunks are prepared at once and only S' = M S + N runs in order. The backward pass has the
-same shape: with W = dL/dU = X^T (Qm^T dO + A^T dP + e K dS'), the gradients of the states run in order with M^T. X is a
-substitution, never a Neumann series, which diverges for correlated keys.
+X is a substitution, never a Neumann series, which diverges for correlated keys. The gradients, Z being that of [P; O]
+and dS that of S', run the same way from the end (without the delta rule, U = beta V: W = G, and Z stays as it is):
+
+    G  = dL/dU = B^T Z + e K dS          W = X^T G
+    dV = beta W                          Z_P -= beta W (what the write owes to the prediction)
+    d_beta = W . (V - P)                 dS before the chunk = f_C dS + (f R)^T Z
+    dR = f Z S^T + H K                   dK = H^T R + e U dS^T         H = Z U^T * D
+    db = R . dR - K . dK                 (reading weighs by e^b, writing by e^-b)
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -36,130 +42,131 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes as in `kernels.delta_rule.gated_delta_rule`, q and k with as many heads as v; float32 or float64."""
     split, join, sizes, order = chunk_layout(v, cu_seqlens, chunk_size)
-    heads = v.shape[2]
+    sizes = [n * v.shape[2] for n in sizes]
     state = initial_state if order is None else initial_state[order]
-    o, p, state = _Chunks.apply(
-        *(split(x) for x in (q * scale if scale != 1 else q, k, v, g, beta)),
-        state.flatten(0, 1),
-        [n * heads for n in sizes],
-        delta,
-    )
-    state = state.unflatten(0, (-1, heads))
-    return join(o), join(p), state if order is None else state[torch.argsort(order)]
+    o, p, state = _Chunks.apply(q, k, v, g, beta, state.flatten(0, 1), scale, delta, split, join, sizes)
+    state = state.unflatten(0, (-1, v.shape[2]))
+    return o, p, state if order is None else state[torch.argsort(order)]
 
 
 class _Chunks(torch.autograd.Function):
-    """q, k (chunks * H, C, K), v (chunks * H, C, V), g and beta (chunks * H, C), state (N * H, K, V) -> O, P, state."""
+    """q, k, v, g, beta as given, state (N * H, K, V) -> o, prediction, state. Inside, R is (chunks * H, 2 C, K)."""
 
     @staticmethod
-    def forward(ctx, q, k, v, g, beta, state, sizes, delta):
-        C, K = k.shape[1:]
+    def forward(ctx, q, k, v, g, beta, state, scale, delta, split, join, sizes):
+        R = torch.cat([split(k), split(q)], -2).flatten(0, -3)
+        C = R.shape[1] // 2
+        if scale != 1:
+            R[:, C:].mul_(scale)
+        K, V = R[:, :C], split(v).flatten(0, -3)
+        g, beta = (split(x).flatten(0, -2)[..., None] for x in (g, beta))
+
         D, f, e = _decays(g)
-        beta = beta[..., None]
-        KK, QK = (torch.cat([k, q], 1) @ k.mT).split(C, 1)
-        A, Qm = (KK * D).tril_(-1), QK * D
-        fk, fq, ek = k * f, q * f, k * e
-        eye = torch.eye(C, dtype=k.dtype, device=k.device)
-        M = f[:, -1:] * torch.eye(K, dtype=k.dtype, device=k.device)
+        B = (R @ K.mT).mul_(D)
+        fR, eK = f * R, e * K
         if delta:
-            X = torch.linalg.solve_triangular(torch.baddbmm(eye, torch.diag_embed(beta[..., 0]), A), eye, upper=False)
-            XV, XK = (X @ torch.cat([v, fk], -1).mul_(beta)).split([v.shape[-1], K], -1)
-            M, N = M.baddbmm_(ek.mT, XK, alpha=-1), ek.mT @ XV
+            eye = torch.eye(C, dtype=q.dtype, device=q.device)
+            # from the right, which is twice as fast; the inverse is the same
+            X = torch.linalg.solve_triangular(beta * B[:, :C], eye, upper=False, unitriangular=True, left=False)
+            Xb = X * beta.mT
+            U, XK = Xb @ V, Xb @ fR[:, :C]
         else:
-            X, XV = None, beta * v
-            N = ek.mT @ XV
-        starts, final = _scan(M, N, state, sizes)
-        if delta:
-            FK, out, XKS = (torch.cat([fk, fq, XK], 1) @ starts).split(C, 1)
-            U = XV - XKS
-        else:
-            FK, out = (torch.cat([fk, fq], 1) @ starts).split(C, 1)
-            U = XV
-        P, out = torch.baddbmm(FK, A, U), torch.baddbmm(out, Qm, U)
-        ctx.save_for_backward(q, k, v, beta, D, f, e, A, Qm, X, M, starts, U, P)
-        ctx.sizes, ctx.delta, ctx.state_shape, ctx.device = sizes, delta, state.shape, v.device.type
+            X, U, XK = None, beta * V, None
+        S, final = _scan(U, XK, eK, f[:, -1:], state, sizes)  # completes U
+        PO = (fR @ S).baddbmm_(B, U)
+        error = V - PO[:, :C] if delta else V
+
+        ctx.save_for_backward(R, beta, D, f, e, B, X, S, U, error, state)
+        ctx.scale, ctx.split, ctx.join, ctx.sizes = scale, split, join, sizes
         ctx.set_materialize_grads(False)
-        return out, P, final
+        return join(PO[:, C:]), join(PO[:, :C]), final
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        with torch.autocast(ctx.device, enabled=False):  # it may be on where backward() is called
-            return _Chunks._backward(ctx, *grads)
+        saved = ctx.saved_tensors  # once only: activation checkpointing computes them anew
+        with torch.autocast(saved[0].device.type, enabled=False):  # it may be on where backward() is called
+            return *_gradients(ctx, saved, *grads), None, None, None, None, None
 
-    @staticmethod
-    def _backward(ctx, dO, dP, d_final):
-        q, k, v, beta, D, f, e, A, Qm, X, M, starts, U, P = ctx.saved_tensors
-        C = k.shape[1]
-        dO = torch.zeros_like(v) if dO is None else dO
-        if d_final is None:
-            d_final = v.new_zeros(ctx.state_shape)
-        fk, fq, ek = k * f, q * f, k * e
 
-        W = Qm.mT @ dO  # what dL/dU is made of, less the part that comes through the next state
-        if dP is not None:
-            W.baddbmm_(A.mT, dP)
-        if ctx.delta:
-            W = X.mT @ W
-            toP = -beta * W if dP is None else torch.addcmul(dP, beta, W, value=-1)
-        else:
-            toP = dP
-        dN = fq.mT @ dO
-        if toP is not None:
-            dN.baddbmm_(fk.mT, toP)
-        d_next, d_state = _scan_back(M, dN, d_final, ctx.sizes)
-        late = ek @ d_next
-        W = torch.baddbmm(W, X.mT, late) if ctx.delta else W + late
-        if ctx.delta:
-            toP = -beta * W if dP is None else torch.addcmul(dP, beta, W, value=-1)
-        elif toP is None:
-            toP = torch.zeros_like(v)
+def _gradients(ctx, saved, d_o: Tensor | None, d_p: Tensor | None, d_final: Tensor | None) -> tuple[Tensor, ...]:
+    """Of q, k, v, g, beta and the initial state."""
+    R, beta, D, f, e, B, X, S, U, error, state = saved
+    C, split, join = U.shape[1], ctx.split, ctx.join
+    K = R[:, :C]
+    Z = _stack(d_p, d_o, U, split)
+    fR, eK = f * R, e * K
+    W = B[:, C:].mT @ Z[:, C:]
+    if d_p is not None:
+        W.baddbmm_(B[:, :C].mT, Z[:, :C])
+    if X is not None:
+        W, eK = X.mT @ W, X.mT @ eK
+    d_final = torch.zeros_like(state) if d_final is None else d_final
+    dS, d_state = _scan_back(W, eK, fR, f[:, -1:], Z, None if X is None else beta, d_final, ctx.sizes)
 
-        to = torch.cat([toP, dO], 1)
-        dA, dQm = (to @ U.mT).split(C, 1)
-        dKS, dQS = (to @ starts.mT).split(C, 1)
-        dA, dQm = dA.tril(-1), dQm.tril()
-        dKS, dQS, dKE = dKS * f, dQS * f, (U @ d_next.mT).mul_(e)
-        KKK, QKK = dA * D, dQm * D
-        dk = torch.baddbmm(dKS + dKE, KKK + KKK.mT, k).baddbmm_(QKK.mT, q)
-        dq = torch.baddbmm(dQS, QKK, k)
-        dv = beta * W
-        d_beta = (W * (v - P if ctx.delta else v)).sum(-1)
+    H = (Z @ U.mT).mul_(D)
+    dR = (Z @ S.mT).mul_(f).baddbmm_(H, K)
+    dK = (U @ dS.mT).mul_(e)
+    at_end = (K * dK).sum((1, 2)) + f[:, -1, 0] * (S * dS).sum((1, 2))  # b_C is in e and in f_C
+    dK.baddbmm_(H.mT, R)
 
-        through_D = dA.mul_(A).add_(dQm.mul_(Qm))
-        to_end = (k * dKE).sum(-1)
-        db = (k * dKS).sum(-1) + (q * dQS).sum(-1) + through_D.sum(2) - through_D.sum(1) - to_end
-        db[:, -1] += to_end.sum(-1) + f[:, -1, 0] * (starts * d_next).sum((1, 2))
-        dg = db.flip(1).cumsum(1).flip(1)
-        return dq, dk, dv, dg, d_beta, d_state, None, None
+    dq, dk, dv = dR[:, C:] * ctx.scale, dR[:, :C] + dK, beta * W
+    d_beta = W.mul_(error).sum(-1)
+    dR[:, :C] -= dK
+    db = dR.mul_(R).sum(-1).unflatten(1, (2, C)).sum(1)
+    db[:, -1] += at_end
+    dg = db.flip(1).cumsum(1).flip(1)
+    return *(join(x) for x in (dq, dk, dv, dg, d_beta)), d_state
 
 
 def _decays(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """D (., C, C), f and e (., C, 1). b is summed in double: after a reset (g very negative) float32 would lose the
-    small decays that follow."""
-    b = g.double().cumsum(-1)
-    D = (b[:, :, None] - b[:, None, :]).to(g.dtype)
-    D = D.masked_fill_(torch.ones_like(D[0], dtype=torch.bool).triu(1), -torch.inf).exp_()
-    return D, b.exp().to(g.dtype)[..., None], D[:, -1, :, None]
+    """D (., 2 C, C), f (., 2 C, 1) and e (., C, 1). b is summed in double: after a reset (g very negative) float32
+    would lose the small decays that follow."""
+    b = g.double().cumsum(1)
+    D = (b - b.mT).to(g.dtype).clamp_(max=0).exp_()  # beyond the diagonal it could overflow
+    own = torch.ones_like(D[0]).tril()
+    see = torch.stack([own.tril(-1), own])
+    return (D[:, None] * see).flatten(1, 2), b.exp().to(g.dtype).repeat(1, 2, 1), D[:, -1, :, None]
 
 
-def _scan(M: Tensor, N: Tensor, state: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
-    """States at the start of every chunk, and the last ones, of S' = M S + N.
+def _stack(d_p: Tensor | None, d_o: Tensor | None, U: Tensor, split: Callable[[Tensor], Tensor]) -> Tensor:
+    """Z (., 2 C, V) of the gradients that there are."""
+    if d_p is not None and d_o is not None:
+        return torch.cat([split(d_p), split(d_o)], -2).flatten(0, -3)
+    C = U.shape[1]
+    Z = U.new_zeros(len(U), 2 * C, U.shape[2])
+    for half, d in ((Z[:, :C], d_p), (Z[:, C:], d_o)):
+        if d is not None:
+            half.copy_(split(d).flatten(0, -3))
+    return Z
+
+
+def _scan(U: Tensor, XK: Tensor | None, eK: Tensor, f_C: Tensor, state: Tensor, sizes: list[int]):
+    """States at the start of every chunk, and the last ones; U, given as X beta V, becomes U in place.
 
     Chunks are time-major with the longest sequence first, so that step n works on the first `sizes[n]` rows alone.
     """
-    state, starts = state.clone(), torch.empty_like(N)
-    for m, n, start in zip(M.split(sizes), N.split(sizes), starts.split(sizes), strict=True):
-        start.copy_(state[: len(m)])
-        torch.baddbmm(n, m, start, out=state[: len(m)])
+    state, starts = state.clone(), state.new_empty(len(U), *state.shape[1:])
+    steps = zip(*(x.split(sizes) for x in (starts, U, U if XK is None else XK, eK, f_C)), strict=True)
+    for start, u, xk, ek, decay in steps:
+        S = state[: len(u)]
+        start.copy_(S)
+        if XK is not None:
+            u.baddbmm_(xk, start, alpha=-1)
+        S.mul_(decay).baddbmm_(ek.mT, u)
     return starts, state
 
 
-def _scan_back(M: Tensor, dN: Tensor, d_state: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
-    """The same from the end: gradients of every chunk's next state, and of the initial ones."""
-    d_state, d_next = d_state.clone(), torch.empty_like(dN)
-    steps = list(zip(M.split(sizes), dN.split(sizes), d_next.split(sizes), strict=True))
-    for m, d_n, d_after in reversed(steps):
-        d_after.copy_(d_state[: len(m)])
-        torch.baddbmm(d_n, m.mT, d_after, out=d_state[: len(m)])
+def _scan_back(W, eK, fR, f_C, Z, beta: Tensor | None, d_state: Tensor, sizes: list[int]):
+    """The same from the end: gradients of every chunk's next state, and of the initial ones; W, given as X^T B^T Z, and
+    Z are completed in place. Without `beta` the writes owe nothing to the prediction."""
+    d_state, d_next = d_state.clone(), d_state.new_empty(len(W), *d_state.shape[1:])
+    steps = zip(*(x.split(sizes) for x in (d_next, W, eK, fR, f_C, Z, W if beta is None else beta)), strict=True)
+    for d_after, w, ek, fr, decay, z, b in reversed(list(steps)):
+        dS = d_state[: len(w)]
+        d_after.copy_(dS)
+        w.baddbmm_(ek, d_after)
+        if beta is not None:
+            z[:, : w.shape[1]].addcmul_(b, w, value=-1)
+        dS.mul_(decay).baddbmm_(fr.mT, z)
     return d_next, d_state

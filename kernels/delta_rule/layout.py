@@ -14,9 +14,10 @@ def chunk_layout(
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], list[int], Tensor | None]:
     """(split, join, sizes, order) for tensors shaped like v (B, T, H, ...).
 
-    `split` maps (B, T, H, ...) to (chunks * H, C, ...), time-major, short chunks filled with zeros: a zero key, value,
-    write strength and log-decay leave the state as it is. `join` is its inverse. `sizes` counts the chunks of every
-    step; `order` lists the sequences, longest first (None: as they are).
+    `split` maps (B, T, H, ...) to (chunks, H, C, ...), time-major, short chunks filled with zeros: a zero key, value,
+    write strength and log-decay leave the state as it is. (Of a dense batch it is a view, with steps and B in place of
+    chunks.) `join` maps (chunks * H, C, ...) back. `sizes` counts the chunks of every step; `order` lists the
+    sequences, longest first (None: as they are).
     """
     return _dense(v, C) if cu_seqlens is None else _packed(v, cu_seqlens, C)
 
@@ -28,7 +29,7 @@ def _dense(v: Tensor, C: int):
     def split(x: Tensor) -> Tensor:
         if T % C:
             x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, steps * C - T))
-        return x.unflatten(1, (steps, C)).transpose(0, 1).transpose(2, 3).flatten(0, 2)
+        return x.unflatten(1, (steps, C)).transpose(0, 1).transpose(2, 3)
 
     def join(x: Tensor) -> Tensor:
         return x.unflatten(0, (steps, B, H)).transpose(2, 3).transpose(0, 1).flatten(1, 2)[:, :T]
@@ -50,7 +51,7 @@ def _packed(v: Tensor, cu_seqlens: Tensor, C: int):
 
     def split(x: Tensor) -> Tensor:
         x = F.pad(x[0], (0, 0) * (x.dim() - 2) + (0, 1))
-        return x[index].transpose(1, 2).flatten(0, 1)
+        return x[index].transpose(1, 2)
 
     def join(x: Tensor) -> Tensor:
         return x.unflatten(0, (-1, H)).transpose(1, 2).flatten(0, 1)[back][None]

@@ -6,7 +6,7 @@ None of them depends on how a sequence is split into calls: a draw is a hash of 
 import torch
 from torch import Tensor
 
-from mixers.registry import SpecError
+from mixers.registry import SpecError, unknown
 from mixers.routers.base import Router, RouterInputs
 
 
@@ -26,17 +26,25 @@ class Random(Router):
 
 
 class Static(Random):
-    """Whole heads: those of the last layer first, the first head of a layer first; where the budget ends within a head,
-    a random part of it.
+    """Whole heads, a layer after the other, the first head of a layer first; where the budget ends within a head, a
+    random part of it.
 
     With a threshold for the whole model, usage 1 / 4 of a model of four heads gives one head everything.
 
     Args:
         seed: of the draws that split the last head.
+        begin: the layer that is filled first: `last` or `first`.
     """
 
+    def __init__(self, dim: int, num_heads: int, *, seed: int = 0, begin: str = "last") -> None:
+        super().__init__(dim, num_heads, seed=seed)
+        if begin not in ("last", "first"):
+            raise unknown("begin", begin, ("last", "first"), of=" for router 'static'")
+        self.begin = begin
+
     def forward(self, inputs: RouterInputs) -> Tensor:
-        rank = inputs.layer * self.num_heads + torch.arange(self.num_heads - 1, -1, -1, device=inputs.x.device)
+        layer = inputs.layer if self.begin == "last" else -inputs.layer
+        rank = layer * self.num_heads + torch.arange(self.num_heads - 1, -1, -1, device=inputs.x.device)
         return rank + super().forward(inputs)
 
 

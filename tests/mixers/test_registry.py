@@ -172,6 +172,8 @@ def test_options_include_those_that_a_constructor_passes_on(toys):
             "unknown option 'widht' for toy 'plain'; known: width, depth. Did you mean 'width'?",
         ),
         ("plain", "toy 'plain': missing a required argument: 'width'"),
+        ({"name": "plain", "width": "3"}, "'width' of toy 'plain' must be int, got '3'"),
+        ({"name": "plain", "width": True}, "'width' of toy 'plain' must be int, got True"),
         ({"width": 3}, "expected a name, or a mapping with a 'name' and options; got {'width': 3}"),
     ],
 )

@@ -216,6 +216,17 @@ class TestControls:
         stored = [routing.stored.float().mean((0, 1)).tolist() for routing in decoder.eval()(text).routing]
         assert stored == [pytest.approx(share, abs=0.02) for share in shares]
 
+    def test_static_can_begin_with_the_first_layer(self):
+        router = {"name": "static", "begin": "first"}
+        decoder = Decoder(
+            7, dim=8, depth=2, mixer={"name": "ham", "num_heads": 2, "head_dim": 4, "router": router, "kv_usage": 0.375}
+        )
+        text = torch.randint(7, (2, 600))
+        decoder(text)
+        decoder.blocks[0].mixer.threshold.close_step()
+        stored = [routing.stored.float().mean((0, 1)).tolist() for routing in decoder.eval()(text).routing]
+        assert stored == [pytest.approx(share, abs=0.02) for share in [[1, 0.5], [0, 0]]]
+
     def test_recency_sees_the_last_tokens(self):
         mixer = make_ham(router={"name": "recency", "length": 40}, kv_usage=0.1, combine="sum").double()
         x = torch.randn(2, 15, 12, dtype=torch.float64)

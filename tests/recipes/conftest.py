@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -35,12 +36,18 @@ class Result:
         return lines[0].removeprefix("error: ")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@contextmanager
 def cheap_ends():
     """Runs end with a picture and a sample, which cost more than all the rest and have tests of their own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lit_modules.callbacks, "generate", lambda *args, **kw: generate(*args, **kw | {"num_tokens": 4}))
         patch.setattr(lit_modules.routing_monitor, "routing_figure", lambda *args, **kw: Figure(figsize=(1, 1)))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def every_run_ends_cheaply():
+    with cheap_ends():
         yield
 
 
@@ -81,7 +88,7 @@ def trained(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     every_step = "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint --trainer.callbacks.save_top_k=-1"
     every_step += " --trainer.callbacks.every_n_train_steps=1 --trainer.callbacks.filename=all-{step}"
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, cheap_ends():
         patch.chdir(folder)
         assert main(f"fit {tiny} {every_step}".split()) == 0
     return folder

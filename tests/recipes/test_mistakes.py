@@ -15,6 +15,8 @@ import torch
         ("--router cosine --mixer gdn", ["router", "gated_delta_net"]),
         ("--router learned --model.router.form z", ["form", "'z'"]),
         ("--model.mixer.num_head 4", ["unknown option 'num_head'", "Did you mean 'num_heads'?"]),
+        ("--model.mixer.num_heads two", ["num_heads", "'two'"]),
+        ("--model.mixer.num_heads 0", ["num_heads", "0"]),
         ("--model.mixer.threshold calibratd", ["threshold", "Did you mean 'calibrated'?"]),
         ("--model.mixr gdn", ["model: Option 'mixr'", "Did you mean --model.mixer?"]),
         ("--model.depth two", ["model.depth", "two"]),

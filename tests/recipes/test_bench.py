@@ -1,0 +1,174 @@
+"""The benchmark: who runs, what a failure becomes, and what is made of the samples. No test looks at a clock."""
+
+import json
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from recipes import bench as module
+from recipes.bench_contestants import Case, contestants, stored_tokens
+from recipes.bench_measure import peak_bytes, prepare
+from recipes.bench_report import summarise
+
+SMALL = "--batch 2 --heads 2 --head_dim 8 --rounds 3 --minutes 0.5"
+
+
+def case(group="delta_rule", phase="forward", **changes):
+    sizes = dict(batch=2, length=40, heads=4, head_dim=8)
+    return Case(**{"group": group, "phase": phase, "dtype": "float32", "device": "cpu", "seed": 0, **sizes, **changes})
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """fake({name: build}) puts these in place of the contestants."""
+
+    def _fake(builds):
+        monkeypatch.setattr(module, "contestants", lambda case, usages, skews: iter(builds.items()))
+
+    return _fake
+
+
+def rows_of(folder):
+    return json.loads((folder / "results.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("phase", ["forward", "train"])
+def test_every_contestant_of_the_operations_has_samples_or_a_reason(run, tmp_path, phase):
+    line = f"bench {SMALL} --groups [delta_rule,routed_attention] --phases [{phase}] --lengths [32,64] --out {tmp_path}"
+    assert run(line).code == 0
+    rows = rows_of(tmp_path)
+    assert {row["contestant"] for row in rows} >= {
+        "sdpa",
+        "ours (torch)",
+        "transformers (chunked)",
+        "ours (torch) 0.25",
+    }
+    for row in rows:
+        assert len(row["seconds"]) == 3 and row["p20"] <= row["median"] <= row["p80"] and row["peak_bytes"] > 0
+    for name in ("table.md", "delta_rule.png", "routed_attention.png"):
+        assert (tmp_path / name).stat().st_size > 100
+
+
+@pytest.mark.parametrize("phase", ["forward", "train", "prefill", "decode"])
+def test_every_mixer_runs(run, tmp_path, phase):
+    line = f"bench {SMALL} --groups [mixers] --phases [{phase}] --lengths [32] --kv_usages [0.25] --out {tmp_path}"
+    assert run(line).code == 0
+    rows = {row["contestant"]: row for row in rows_of(tmp_path)}
+    assert list(rows) == ["attention", "gdn", "ham 0.25", "hybrid gdn*3,attention"]
+    assert all("median" in row for row in rows.values())
+    if phase in ("prefill", "decode"):
+        full = rows["attention"]["kv_bytes"]
+        assert rows["gdn"]["kv_bytes"] == 0
+        assert rows["hybrid gdn*3,attention"]["kv_bytes"] == full / 4
+        assert 0 < rows["ham 0.25"]["kv_bytes"] < full / 2
+
+
+def test_contestants_of_the_delta_rule_compute_the_same():
+    builds = dict(contestants(case(), [], []))
+    ours, theirs = (prepare(builds[name], case()).step() for name in ("ours (torch)", "transformers (chunked)"))
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("usage", [0.0, 0.125, 0.25, 0.5, 1.0])
+def test_skew_keeps_the_mean(usage):
+    big = case(length=4000)
+    even, skewed = (stored_tokens(big, usage, skew).float().mean((0, 1)) for skew in ("even", "one_head"))
+    assert_close(even, torch.full((4,), usage), rtol=0, atol=0.03)
+    assert skewed.mean().item() == pytest.approx(usage, abs=0.01)
+    assert skewed[0] == pytest.approx(min(1.0, 4 * usage), abs=0.03)
+
+
+def test_a_failure_is_a_row_and_the_others_go_on(run, fake, tmp_path):
+    def fails(error):
+        def build(case):
+            raise error
+
+        return build
+
+    fake(
+        {
+            "works": lambda case: lambda: torch.ones(1),
+            "too big": fails(torch.OutOfMemoryError("CUDA out of memory")),
+            "absent": fails(ModuleNotFoundError("No module named 'fla'", name="fla")),
+            "broken": fails(NotImplementedError("no backward\non CPU")),
+        }
+    )
+    assert run(f"bench {SMALL} --groups [mixers] --lengths [8] --out {tmp_path}").code == 0
+    rows = {row["contestant"]: row for row in rows_of(tmp_path)}
+    assert len(rows["works"]["seconds"]) == 3
+    errors = {name: row["error"] for name, row in rows.items() if "error" in row}
+    assert errors == {
+        "too big": "out of memory",
+        "absent": "not installed: fla",
+        "broken": "NotImplementedError: no backward on CPU",
+    }
+    assert "out of memory" in (tmp_path / "table.md").read_text()
+
+
+def test_a_failure_in_the_middle_leaves_no_half_of_the_samples(run, fake, tmp_path):
+    calls = []
+
+    def step():
+        calls.append(1)
+        if len(calls) > 5:
+            raise MemoryError
+
+    fake({"works": lambda case: lambda: None, "fails later": lambda case: step})
+    assert run(f"bench {SMALL} --groups [mixers] --lengths [8] --out {tmp_path}").code == 0
+    _, row = rows_of(tmp_path)
+    assert row["error"] == "out of memory" and "seconds" not in row
+
+
+def test_what_does_not_fit_in_the_time_is_left_out_and_said(run, fake, tmp_path):
+    fake({"works": lambda case: lambda: None})
+    assert run(f"bench {SMALL} --minutes 1e-9 --groups [mixers] --lengths [8] --out {tmp_path}").code == 0
+    assert rows_of(tmp_path)[0]["error"] == "left out: the time was over"
+
+
+def test_ratios_are_paired_by_round():
+    shared = dict(group="g", phase="decode", dtype="d", batch=3, length=8, heads=1, head_dim=1, device="cpu")
+    rows = [
+        shared | {"contestant": "reference", "seconds": [1.0, 2.0, 4.0]},
+        shared | {"contestant": "twice", "seconds": [2.0, 4.0, 8.0]},
+        shared | {"contestant": "failed", "error": "out of memory"},
+        shared | {"length": 9, "contestant": "alone", "seconds": [5.0]},
+    ]
+    summarise(rows)
+    assert (rows[1]["ratio"], rows[1]["ratio_p20"], rows[1]["ratio_p80"]) == (2, 2, 2)
+    assert rows[1]["median"] == 4 and rows[1]["tokens_per_second"] == 3 / 4
+    assert "ratio" not in rows[2]
+    assert rows[3]["ratio"] == 1
+
+
+def test_peak_memory_is_the_most_that_is_held_at_once():
+    def step():
+        for _ in range(3):
+            x = torch.empty(1000, 250)  # 1 MB
+            y = x + 1
+            del x, y
+
+    assert 2_000_000 <= peak_bytes(step, "cpu") < 2_001_000  # scalars take some bytes as well
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        ("--groups [mixer]", ["unknown group 'mixer'", "Did you mean 'mixers'?"]),
+        ("--phases [trian]", ["unknown phase 'trian'", "Did you mean 'train'?"]),
+        ("--dtypes [int8]", ["unknown dtype 'int8'"]),
+        ("--skews [odd]", ["unknown skew 'odd'", "even"]),
+        ("--groups [delta_rule] --phases [decode]", ["delta_rule", "decode"]),
+        ("--batch 0", ["batch", "0"]),
+        ("--lengths [0]", ["lengths", "0"]),
+        ("--kv_usages [2.0]", ["kv_usages", "2.0"]),
+        ("--lengths [many]", ["lengths", "many"]),
+        ("--only [nobody] --groups [delta_rule] --lengths [8]", ["unknown contestant 'nobody'", "sdpa"]),
+    ],
+)
+def test_mistakes(run, here, flags, parts):
+    error = run(f"bench --out runs/b {SMALL} {flags}")
+    lines = error.err.strip().splitlines()
+    assert error.code == 2 and lines[-1].startswith("error: "), error
+    assert [part for part in parts if part not in lines[-1]] == []
+    assert not (here / "runs").exists()
