@@ -1,6 +1,13 @@
-"""Which implementation an operation runs: one small table per operation, chosen by name or by device."""
+"""Which implementation an operation runs: one small table per operation, chosen by name or by device.
 
+A table maps a backend's name to "module:function", so that a backend is imported when it first runs: Triton and fla are
+slow to import, and not everywhere.
+"""
+
+import importlib
+import importlib.util
 import logging
+import os
 from collections.abc import Callable, Mapping
 
 import torch
@@ -10,19 +17,47 @@ CHOSEN: dict[str, str] = {}
 """operation -> backend that ran last; stamped into results."""
 
 PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("torch",)}
+NEEDS = {"triton": "triton", "fla": "fla"}
+"""backend -> the package that it needs, and a GPU with it"""
 
 
-def choose(operation: str, backend: str, table: Mapping[str, Callable], device: torch.device) -> Callable:
-    """The function of `backend`, `auto` being the first of the device's preferences that the operation has.
+def choose(operation: str, backend: str, table: Mapping[str, str], device: torch.device) -> tuple[str, Callable]:
+    """Name and function of `backend`, `auto` being the first of the device's preferences that is available.
 
     Raises:
-        ValueError: the operation has no backend of that name.
+        ValueError: the operation has no backend of that name, or it cannot run here, and why.
     """
     if backend == "auto":
-        backend = next(name for name in PREFERENCE.get(device.type, ("torch",)) if name in table)
+        backend = automatic(table, device.type)
     elif backend not in table:
         raise ValueError(f"unknown backend {backend!r} for {operation}; known: auto, {', '.join(table)}")
+    elif reason := unavailable(backend, device.type):
+        raise ValueError(f"backend {backend!r} of {operation} is not available: {reason}")
     if CHOSEN.get(operation) != backend:
         CHOSEN[operation] = backend
         log.info("%s runs on the %s backend", operation, backend)
-    return table[backend]
+    module, _, name = table[backend].partition(":")
+    return backend, getattr(importlib.import_module(module), name)
+
+
+def automatic(table: Mapping[str, str], device: str) -> str:
+    """The backend that `auto` stands for on a type of device."""
+    wanted = PREFERENCE.get(device, ("torch",))
+    return next(name for name in wanted if name in table and not unavailable(name, device))
+
+
+def unavailable(backend: str, device: str) -> str:
+    """Why a backend cannot run on a type of device; empty if it can. Triton's interpreter runs on any."""
+    package = NEEDS.get(backend)
+    if package is None:
+        return ""
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
+    if device != "cuda" and not (backend == "triton" and interpreted()):
+        return f"it needs a CUDA device, and the tensors are on {device}"
+    return ""
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors: a debugging aid, very slow."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -57,6 +57,8 @@ class HAM(GatedDeltaNet):
         **options,
     ) -> None:
         super().__init__(dim, **options)
+        if self.memory.backend == "fla":
+            raise SpecError("mixer 'ham' needs the memory's prediction, which backend 'fla' does not give")
         if combine not in ("sum", "gates"):
             raise unknown("combine", combine, ("sum", "gates"), of=" for mixer 'ham'")
         self.combine, self.attention_backend = combine, attention_backend

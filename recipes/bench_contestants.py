@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels import delta_rule, routed_attention
+from kernels.dispatch import unavailable
 from mixers.base import kv_cache_bytes, state_bytes
 from mixers.registry import build_mixer, parse_pattern
 from mixers.threshold import share_threshold
@@ -53,20 +54,17 @@ def contestants(case: Case, kv_usages: list[float], skews: list[str]) -> Iterato
     """(name, function that builds it), the reference first."""
     if case.group == "delta_rule":
         yield "sdpa", _sdpa
-        for backend in delta_rule.BACKENDS:
-            if backend != "naive":
-                yield f"ours ({backend})", lambda case, b=backend: _delta_rule(case, b)
+        for backend in _backends(delta_rule.BACKENDS, case.device):
+            name = backend if backend == "fla" else f"ours ({backend})"
+            yield name, lambda case, b=backend: _delta_rule(case, b)
         yield "transformers (chunked)", _transformers
-        if case.device == "cuda":
-            yield "fla", _fla
     elif case.group == "routed_attention":
         yield "sdpa", _sdpa
         for usage in kv_usages:
             for skew in skews:
-                for backend in routed_attention.BACKENDS:
-                    if backend != "naive":
-                        name = f"ours ({backend}) {usage:g}" + (f" {skew}" if skew != "even" else "")
-                        yield name, lambda case, b=backend, u=usage, s=skew: _routed(case, b, u, s)
+                for backend in _backends(routed_attention.BACKENDS, case.device):
+                    name = f"ours ({backend}) {usage:g}" + (f" {skew}" if skew != "even" else "")
+                    yield name, lambda case, b=backend, u=usage, s=skew: _routed(case, b, u, s)
     else:
         yield "attention", lambda case: _mixers(case, "attention")
         yield "gdn", lambda case: _mixers(case, "gdn")
@@ -77,6 +75,13 @@ def contestants(case: Case, kv_usages: list[float], skews: list[str]) -> Iterato
             if usage in (0.5, 0.25):
                 pattern = "gdn,attention" if usage == 0.5 else "gdn*3,attention"
                 yield f"hybrid {pattern}", lambda case, p=pattern: _mixers(case, p)
+
+
+def _backends(table, device: str) -> list[str]:
+    """The fast ones that can run on the device; on CUDA all of them, so that one that cannot is a row that says why.
+    An interpreted kernel's time says nothing."""
+    fast = [name for name in table if name != "naive"]
+    return [name for name in fast if device == "cuda" or (name != "triton" and not unavailable(name, device))]
 
 
 def _steps(case: Case, function: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], object]:
@@ -116,13 +121,6 @@ def _transformers(case: Case):
     rule = getattr(rule, "__wrapped__", rule)  # with fla installed, the plain function is underneath
     q, k, v, g, beta = inputs = _delta_inputs(case)
     return _steps(case, lambda: rule(q, k, v, g=g, beta=beta)[0], inputs)
-
-
-def _fla(case: Case):
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule as rule
-
-    q, k, v, g, beta = inputs = _delta_inputs(case)
-    return _steps(case, lambda: rule(q, k, v, g=g, beta=beta.to(v.dtype))[0], inputs)
 
 
 def stored_tokens(case: Case, usage: float, skew: str) -> Tensor:

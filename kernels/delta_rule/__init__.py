@@ -8,11 +8,16 @@ Per head, for log-decay g_t <= 0, alpha_t = exp(g_t) and write strength beta_t:
 import torch
 from torch import Tensor
 
-from kernels.delta_rule import chunked, naive
+from kernels.delta_rule import naive
 from kernels.dispatch import choose
 from kernels.sequences import check_cu_seqlens
 
-BACKENDS = {"naive": naive.gated_delta_rule, "torch": chunked.gated_delta_rule}
+BACKENDS = {
+    "naive": "kernels.delta_rule.naive:gated_delta_rule",
+    "torch": "kernels.delta_rule.chunked:gated_delta_rule",
+    "triton": "kernels.delta_rule.chunkwise:gated_delta_rule",
+    "fla": "kernels.delta_rule.flash_linear_attention:gated_delta_rule",
+}
 
 
 def gated_delta_rule(
@@ -26,7 +31,7 @@ def gated_delta_rule(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
     delta: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Run the recurrence over every sequence.
 
     Args:
@@ -37,20 +42,20 @@ def gated_delta_rule(
         scale: factor of the output; None is K ** -0.5.
         initial_state: (N, HV, K, V); N is B, or the number of packed sequences; None is zeros.
         cu_seqlens: (N + 1,) bounds of the sequences packed in the one row (B = 1).
-        backend: `naive`, `torch` or `auto`.
+        backend: `naive`, `torch`, `triton`, `fla` or `auto`.
         delta: False writes beta v, not beta (v - p): the additive rule of linear attention.
 
     Returns:
         o (B, T, HV, V) in the dtype of v; prediction (B, T, HV, V) and final_state (N, HV, K, V) in float32, or in
-        float64 where v is.
+        float64 where v is. The prediction is None from `fla`, which does not give it.
 
     Raises:
         ValueError: shapes that do not fit; a backend that does not exist or is not available.
     """
-    run = choose("delta_rule", backend, BACKENDS, v.device)
+    backend, run = choose("delta_rule", backend, BACKENDS, v.device)
     _check(q, k, v, g, beta)
     B, T, HV, V = v.shape
-    K = k.shape[-1]
+    K, dtype = k.shape[-1], v.dtype
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, B, T)
     exact = torch.float64 if v.dtype == torch.float64 else torch.float32
@@ -68,15 +73,19 @@ def gated_delta_rule(
         )
     if T == 0:
         return v, v.to(exact), initial_state.to(exact)
+    if backend in ("naive", "torch"):  # the others' products take bfloat16 and float16 as they are
+        q, k, v = (x.to(exact) for x in (q, k, v))
+    if backend == "torch" and T == 1 and cu_seqlens is None:  # decoding: the definition is the fast form
+        run = naive.gated_delta_rule
     with torch.autocast(v.device.type, enabled=False):
         o, prediction, state = run(
-            *(x.to(exact) for x in (q, k, v, g, beta)),
+            *(q, k, v, g.to(exact), beta.to(exact)),
             scale=K**-0.5 if scale is None else scale,
             initial_state=initial_state.to(exact),
             cu_seqlens=cu_seqlens,
             delta=delta,
         )
-    return o.to(v.dtype), prediction, state
+    return o.to(dtype), prediction, state
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> None:

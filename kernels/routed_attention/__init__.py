@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import choose
-from kernels.routed_attention import gathered, naive
 from kernels.sequences import check_cu_seqlens
 
-BACKENDS = {"naive": naive.routed_attention, "torch": gathered.routed_attention}
+BACKENDS = {
+    "naive": "kernels.routed_attention.naive:routed_attention",
+    "torch": "kernels.routed_attention.gathered:routed_attention",
+}
 
 
 def routed_attention(
@@ -44,7 +46,7 @@ def routed_attention(
     Raises:
         ValueError: shapes that do not fit; a backend that does not exist or is not available.
     """
-    run = choose("routed_attention", backend, BACKENDS, v.device)
+    _, run = choose("routed_attention", backend, BACKENDS, v.device)
     B, T, heads = k.shape[:3]
     if q.shape[:2] != (B, T) or v.shape[:3] != (B, T, heads) or q.shape[3] != k.shape[3] or q.shape[2] % heads:
         raise ValueError(f"q, k and v do not fit: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")

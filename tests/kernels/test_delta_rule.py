@@ -4,15 +4,26 @@ import logging
 
 import pytest
 import torch
-from hypothesis import given
+import triton
+import triton.language as tl
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 from torch.testing import assert_close
 
 from kernels import dispatch
-from kernels.delta_rule import BACKENDS, chunked, gated_delta_rule
+from kernels.delta_rule import BACKENDS, chunked, chunkwise, gated_delta_rule
+from kernels.delta_rule.chunkwise_forward import inverse
 
-FAST = sorted(set(BACKENDS) - {"naive"})
+
+@triton.jit
+def inverse_of(matrix, x, C: tl.constexpr):
+    at = tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]
+    tl.store(x + at, inverse(tl.load(matrix + at), C, "ieee"))
+
+
+AVAILABLE = [name for name in BACKENDS if not dispatch.unavailable(name, "cpu")]
+FAST = [name for name in AVAILABLE if name != "naive"]
 INPUTS = ("q", "k", "v", "g", "beta", "initial_state")
 OUTPUTS = ("o", "prediction", "final_state")
 
@@ -90,27 +101,80 @@ shapes = st.fixed_dictionaries(
     }
 )
 
+small_shapes = st.fixed_dictionaries(  # the interpreter is slow
+    {
+        "seed": st.integers(0, 1000),
+        "H": st.just(1),
+        "groups": st.integers(1, 2),
+        "K": st.integers(1, 20),
+        "V": st.integers(1, 20),
+        "keys": st.sampled_from(["any", "alike", "some zero"]),
+        "decay": st.sampled_from(["none", "any", "reset", "fast"]),
+        "beta": st.sampled_from(["any", "0", "1"]),
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def small_chunks():
+    """Chunks of 32 in the Triton kernels: more of them in as many tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunkwise, "chunk_size", lambda K, V: 32)
+        yield
+
+
+@pytest.fixture(scope="module")
+def no_stale_memory():
+    """What is allocated and not initialised holds NaN: a kernel that reads it is found out."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((torch, "empty_like"), (torch.Tensor, "new_empty")):
+            plain = getattr(owner, name)
+            patch.setattr(owner, name, lambda *args, plain=plain, **kw: _poisoned(plain(*args, **kw)))
+        yield
+
+
+def _poisoned(x):
+    return x.fill_(torch.nan) if x.is_floating_point() else x
+
+
+lengths_of_documents = st.lists(st.sampled_from([0, 0, 1, 5, 16, 17, 35]), min_size=1, max_size=5).filter(any)
+
+
+def check_batch(backend, delta, shape, B, T, first):
+    inputs = make(B=B, T=T, **shape) | ({} if first else {"initial_state": None})
+    compare(run(inputs, backend=backend, delta=delta), run(inputs, backend="naive", delta=delta), 1e-9)
+
+
+def check_packed(backend, delta, shape, lengths, first):
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    inputs = make(T=sum(lengths), N=len(lengths), **shape) | ({} if first else {"initial_state": None})
+    options = {"delta": delta, "cu_seqlens": bounds}
+    compare(run(inputs, backend=backend, **options), run(inputs, backend="naive", **options), 1e-9)
+
+
+@pytest.mark.parametrize("delta", [True, False])
+class TestShapes:
+    @given(shape=shapes, B=st.integers(1, 3), T=st.sampled_from([1, 2, 15, 16, 17, 32, 43]), first=st.booleans())
+    def test_batches(self, delta, shape, B, T, first):
+        check_batch("torch", delta, shape, B, T, first)
+
+    @given(shape=shapes, lengths=lengths_of_documents, first=st.booleans())
+    def test_packed_sequences(self, delta, shape, lengths, first):
+        check_packed("torch", delta, shape, lengths, first)
+
+    @settings(max_examples=6)
+    @given(shape=small_shapes, B=st.integers(1, 2), T=st.sampled_from([1, 31, 33, 70, 97]), first=st.booleans())
+    def test_batches_in_triton(self, delta, shape, B, T, first, small_chunks, no_stale_memory):
+        check_batch("triton", delta, shape, B, T, first)
+
+    @settings(max_examples=6)
+    @given(shape=small_shapes, lengths=lengths_of_documents, first=st.booleans())
+    def test_packed_sequences_in_triton(self, delta, shape, lengths, first, small_chunks, no_stale_memory):
+        check_packed("triton", delta, shape, lengths, first)
+
 
 @pytest.mark.parametrize("backend", FAST)
 class TestAgainstTheDefinition:
-    @pytest.mark.parametrize("delta", [True, False])
-    @given(shape=shapes, B=st.integers(1, 3), T=st.sampled_from([1, 2, 15, 16, 17, 32, 43]), first=st.booleans())
-    def test_batches(self, backend, delta, shape, B, T, first):
-        inputs = make(B=B, T=T, **shape) | ({} if first else {"initial_state": None})
-        compare(run(inputs, backend=backend, delta=delta), run(inputs, backend="naive", delta=delta), 1e-9)
-
-    @pytest.mark.parametrize("delta", [True, False])
-    @given(
-        shape=shapes,
-        lengths=st.lists(st.sampled_from([0, 0, 1, 5, 16, 17, 35]), min_size=1, max_size=5).filter(any),
-        first=st.booleans(),
-    )
-    def test_packed_sequences(self, backend, delta, shape, lengths, first):
-        bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-        inputs = make(T=sum(lengths), N=len(lengths), **shape) | ({} if first else {"initial_state": None})
-        options = {"delta": delta, "cu_seqlens": bounds}
-        compare(run(inputs, backend=backend, **options), run(inputs, backend="naive", **options), 1e-9)
-
     @pytest.mark.parametrize("output", OUTPUTS)
     @pytest.mark.parametrize("delta", [True, False])
     def test_gradients_of_one_output_alone(self, backend, delta, output):
@@ -148,6 +212,43 @@ def test_a_reset_forgets_and_what_follows_is_exact():
     assert torch.equal(run(changed, backend="naive")["o"][:, 3:], other["o"][:, 3:])
 
 
+@pytest.mark.parametrize("K, V", [(16, 16), (32, 80), (128, 128), (256, 256)])
+def test_triton_at_the_sizes_that_models_have(K, V, no_stale_memory):
+    """More than one block of K and of V, in chunks of the size that runs on a GPU."""
+    inputs = make(T=75, H=1, K=K, V=V)
+    compare(run(inputs, backend="triton"), run(inputs, backend="naive"), 1e-9)
+
+
+@pytest.mark.parametrize("keys", ["any", "alike"])
+@pytest.mark.parametrize("C", [16, 32, 64])
+def test_the_triangular_inverse(keys, C):
+    """In single precision, with a write strength of one: keys that are alike make a series diverge."""
+    k = make(T=C, H=1, K=8, keys=keys, dtype=torch.float32)["k"][0, :, 0].detach()
+    L = (k @ k.T).tril(-1)
+    X = torch.empty(C, C)
+    inverse_of[(1,)](L, X, C)
+    golden = torch.linalg.inv(torch.eye(C, dtype=torch.float64) + L.double())
+    assert_close(X.double(), golden, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("delta", [True, False])
+def test_triton_gradients_are_those_of_finite_differences(delta, small_chunks):
+    inputs = make(T=3, H=1, K=2, V=2)
+
+    def function(*parts):
+        return gated_delta_rule(*parts[:5], 0.7, parts[5], backend="triton", delta=delta)
+
+    assert torch.autograd.gradcheck(function, list(inputs.values()))
+
+
+def test_the_operator_is_sound(small_chunks):
+    """Fake tensors, autograd registration and aliasing, as torch.compile and FSDP rely on them."""
+    q, k, v, g, beta, state = (x.detach().float().requires_grad_() for x in make(T=20, H=1, K=4, V=4).values())
+    flat = (x[0] for x in (q, k, v, g, beta))
+    bounds = torch.tensor([0, 20], dtype=torch.int32)
+    torch.library.opcheck(torch.ops.lightning_mixers.gated_delta_rule, (*flat, state, bounds, 0.5, True))
+
+
 @pytest.mark.parametrize("delta", [True, False])
 def test_chunked_gradients_are_those_of_finite_differences(delta):
     inputs = make(T=5, H=1, K=2, V=3)
@@ -166,8 +267,8 @@ def transformers_rule():
     return getattr(rule, "__wrapped__", rule)  # where fla is installed, the rule is wrapped to run on a GPU alone
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
 @given(shape=shapes, T=st.sampled_from([1, 16, 21]))
+@pytest.mark.parametrize("backend", [name for name in AVAILABLE if name != "triton"])
 def test_transformers_says_the_same(transformers_rule, backend, shape, T):
     inputs = {name: x.detach().float() for name, x in make(B=2, T=T, **shape).items()}
     o, prediction, state = gated_delta_rule(**inputs, backend=backend)
@@ -189,7 +290,7 @@ def test_transformers_says_the_same(transformers_rule, backend, shape, T):
     assert_close(prediction[:, -1], golden_prediction, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", AVAILABLE)
 class TestInterface:
     def test_a_bfloat16_model_keeps_prediction_and_state_in_float32(self, backend):
         inputs = make(B=2, T=20, dtype=torch.bfloat16)

@@ -1,0 +1,98 @@
+"""Compiling Triton kernels for a GPU that is not there, to see what they would cost on it.
+
+Needs triton's own compiler and the `ptxas` that it ships, and no driver. The kernels must not be in interpreter mode.
+"""
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""compute capability -> KiB of shared memory that a block can have"""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel as compiled for one GPU: registers of a thread, bytes spilled, bytes of shared memory, and the matrix
+    instructions in it (`wgmma`, `mma`, `tcgen05` or nothing)."""
+
+    name: str
+    capability: int
+    warps: int
+    registers: int
+    spilled: int
+    shared: int
+    matrix: str
+
+
+class _Driver:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, capability: int):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return self.target.arch  # one cache a target
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@contextlib.contextmanager
+def compile_only(capability: int) -> Iterator[list[Compiled]]:
+    """Inside, launching a kernel (on CPU tensors) compiles it and runs nothing; the list holds what was compiled."""
+    from triton.runtime import JITFunction
+    from triton.runtime.driver import driver
+
+    found: list[Compiled] = []
+    seen = set()
+    run, active = JITFunction.run, driver._active
+
+    def compile_it(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            found.append(inspect(kernel, capability))
+        return kernel
+
+    JITFunction.run = compile_it
+    driver.set_active(_Driver(capability))
+    try:
+        yield found
+    finally:
+        JITFunction.run = run
+        driver._active = active
+
+
+def inspect(kernel, capability: int) -> Compiled:
+    """Reads registers and spills from ptxas, matrix instructions from the PTX."""
+    from triton import knobs
+
+    ptx = kernel.asm["ptx"]
+    arch = re.search(r"\.target (\w+)", ptx)[1]
+    ptxas = (knobs.nvidia.ptxas_blackwell if capability >= 100 else knobs.nvidia.ptxas).path
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [ptxas, "-v", f"--gpu-name={arch}", str(path), "-o", f"{folder}/kernel.cubin"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text).groups()
+    instructions = [name for name in ("wgmma", "tcgen05.mma", "mma.sync") if name in ptx]
+    return Compiled(
+        name=kernel.metadata.name,
+        capability=capability,
+        warps=kernel.metadata.num_warps,
+        registers=int(re.search(r"Used (\d+) registers", text)[1]),
+        spilled=int(stores) + int(loads),
+        shared=kernel.metadata.shared,
+        matrix=instructions[0].split(".")[0] if instructions else "",
+    )

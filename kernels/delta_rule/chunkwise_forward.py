@@ -1,0 +1,170 @@
+"""Triton kernels of the gated delta rule, forward. The equations and the letters are those of `chunked.py`.
+
+Three launches: `prepare` (per chunk: the triangular inverse X and what needs no state), `scan` (per sequence: states in
+order, the writes U) and `read` (per chunk: predictions and outputs). A chunk never crosses the end of a sequence; chunk
+c spans the tokens chunks[c, 0] <= t < chunks[c, 1], and an empty one is skipped.
+
+Decays are summed in float64, since after a reset float32 would lose the small ones; all other arithmetic accumulates in
+ACC (float32; float64 for float64 inputs), and matrix products take their operands in the inputs' dtype.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def inverse(L, C: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + L)^-1 of strictly lower triangular L (C, C), by forward substitution in blocks: two inverted blocks X, Y on
+    the diagonal with M below become [[X, 0], [-Y M X, Y]]. Blocks up to 16 are joined side by side, in small products.
+    """
+    N: tl.constexpr = C // 16
+    n = tl.arange(0, N)
+    on_diagonal = n[:, None, None, None] == n[None, None, :, None]
+    small = tl.sum(tl.where(on_diagonal, tl.reshape(L, (N, 16, N, 16)), 0.0), 2)  # (N, 16, 16)
+    i = tl.arange(0, 16)
+    X = tl.zeros_like(small) + (i[:, None] == i[None, :]).to(L.dtype)[None, :, :]
+    for level in tl.static_range(4):
+        below = _below(i, 1 << level)[None, :, :]
+        X -= tl.dot(tl.dot(X, tl.where(below, small, 0.0), input_precision=PRECISION), X, input_precision=PRECISION)
+    full = tl.reshape(tl.where(on_diagonal, X[:, :, None, :], 0.0), (C, C))
+    i = tl.arange(0, C)
+    for level in tl.static_range(4, 6):
+        if (1 << level) < C:
+            M = tl.where(_below(i, 1 << level), L, 0.0)
+            full -= tl.dot(tl.dot(full, M, input_precision=PRECISION), full, input_precision=PRECISION)
+    return full
+
+
+@triton.jit
+def _below(i, size):
+    """Where the lower left block of a pair of diagonal blocks is."""
+    block = i // size
+    return (block[:, None] == block[None, :] + 1) & (block[:, None] // 2 == block[None, :] // 2)
+
+
+@triton.jit
+def rows_of(x, t, live, h, H, D: tl.constexpr, d):
+    """Rows x[t, h, d] (T, H, D) of a chunk; zeros past its end."""
+    return tl.load(
+        x + (t.to(tl.int64) * H + h)[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0
+    )
+
+
+@triton.jit
+def put_rows(x, value, t, live, h, H, D: tl.constexpr, d):
+    at = x + (t.to(tl.int64) * H + h)[:, None] * D + d[None, :]
+    tl.store(at, value.to(x.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def scalars_of(x, t, live, h, H):
+    """x[t, h] (T, H) of a chunk; zeros past its end."""
+    return tl.load(x + t.to(tl.int64) * H + h, mask=live, other=0.0)
+
+
+@triton.jit
+def decays(b, C: tl.constexpr, ACC: tl.constexpr):
+    """D (C, C) with D_ij = e^(b_i - b_j) for i >= j, f = e^b and e = e^(b_C - b) (C,), and f_C."""
+    i = tl.arange(0, C)
+    later = i[:, None] >= i[None, :]
+    D = tl.where(later, tl.exp(tl.where(later, b[:, None] - b[None, :], 0.0).to(ACC)), 0.0)
+    last = tl.sum(tl.where(i == C - 1, b, 0.0), 0)
+    return D, tl.exp(b.to(ACC)), tl.exp((last - b).to(ACC)), tl.exp(last.to(ACC))
+
+
+@triton.jit
+def sums(g, t, live, h, H):
+    """b (C,) float64, the running sum of the log-decays; it stays level past the chunk's end."""
+    return tl.cumsum(scalars_of(g, t, live, h, H).to(tl.float64), 0)
+
+
+@triton.jit
+def prepare(
+    k, v, g, beta, chunks, x, w, u, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, DELTA: tl.constexpr,
+):  # fmt: skip
+    """Grid (chunks, H): X -> x (chunks, H, C, C), X beta f K -> w (T, H, K), X beta V -> u (T, H, V)."""
+    c, h = tl.program_id(0), tl.program_id(1)
+    start, stop = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
+    if start < stop:
+        i, d = tl.arange(0, C), tl.arange(0, BK)
+        t, live = start + i, start + i < stop
+        D, f, _, _ = decays(sums(g, t, live, h, H), C, ACC)
+        strength = scalars_of(beta, t, live, h, H).to(ACC)
+        keys = rows_of(k, t, live, h, H, K, d)
+        if DELTA:
+            A = tl.dot(keys, tl.trans(keys), input_precision=PRECISION).to(ACC) * D
+            X = inverse(tl.where(i[:, None] > i[None, :], A * strength[:, None], 0.0), C, PRECISION)
+            at = x + (c.to(tl.int64) * H + h) * C * C + i[:, None] * C + i[None, :]
+            tl.store(at, X.to(x.dtype.element_ty))
+            Xb = (X * strength[None, :]).to(k.dtype.element_ty)
+            fk = (keys * f[:, None]).to(k.dtype.element_ty)
+            put_rows(w, tl.dot(Xb, fk, input_precision=PRECISION), t, live, h, H, K, d)
+        for first in tl.static_range(0, V, BV):
+            e = first + tl.arange(0, BV)
+            values = rows_of(v, t, live, h, H, V, e)
+            U = tl.dot(Xb, values, input_precision=PRECISION) if DELTA else values * strength[:, None]
+            put_rows(u, U, t, live, h, H, V, e)
+
+
+@triton.jit
+def scan(
+    k, g, w, u, chunks, offsets, initial, starts, final, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, DELTA: tl.constexpr,
+):  # fmt: skip
+    """Grid (V / BV, N, H): states at the start of every chunk -> starts (chunks, H, K, V); u becomes U; -> final."""
+    n, h = tl.program_id(1), tl.program_id(2)
+    i, d = tl.arange(0, C), tl.arange(0, BK)
+    e = tl.program_id(0) * BV + tl.arange(0, BV)
+    inside = (d < K)[:, None] & (e < V)[None, :]
+    cell = d[:, None] * V + e[None, :]
+    S = tl.load(initial + (n.to(tl.int64) * H + h) * K * V + cell, mask=inside, other=0.0).to(ACC)
+    first, end = tl.load(offsets + n), tl.load(offsets + n + 1)
+    for step in range(0, end - first):
+        c = first + step
+        start, stop = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
+        t, live = start + i, start + i < stop
+        state = S.to(k.dtype.element_ty)
+        tl.store(starts + (c.to(tl.int64) * H + h) * K * V + cell, state, mask=inside)
+        U = rows_of(u, t, live, h, H, V, e)
+        if DELTA:
+            XK = rows_of(w, t, live, h, H, K, d)
+            U = (U - tl.dot(XK, state, input_precision=PRECISION)).to(k.dtype.element_ty)
+            put_rows(u, U, t, live, h, H, V, e)
+        b = sums(g, t, live, h, H)
+        last = tl.sum(tl.where(i == C - 1, b, 0.0), 0)
+        ek = rows_of(k, t, live, h, H, K, d) * tl.exp((last - b).to(ACC))[:, None]
+        S = S * tl.exp(last.to(ACC)) + tl.dot(tl.trans(ek.to(k.dtype.element_ty)), U, input_precision=PRECISION)
+    tl.store(final + (n.to(tl.int64) * H + h) * K * V + cell, S.to(final.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def read(
+    q, k, g, u, starts, chunks, o, p, scale, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (V / BV, chunks, H): O = scale (f Q S + Qm U) -> o, P = f K S + A U -> p, both (T, H, V)."""
+    c, h = tl.program_id(1), tl.program_id(2)
+    start, stop = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
+    if start < stop:
+        i, d = tl.arange(0, C), tl.arange(0, BK)
+        e = tl.program_id(0) * BV + tl.arange(0, BV)
+        t, live = start + i, start + i < stop
+        D, f, _, _ = decays(sums(g, t, live, h, H), C, ACC)
+        inside = (d < K)[:, None] & (e < V)[None, :]
+        at = starts + (c.to(tl.int64) * H + h) * K * V + d[:, None] * V + e[None, :]
+        S = tl.load(at, mask=inside, other=0.0)
+        U = rows_of(u, t, live, h, H, V, e)
+        queries, keys = rows_of(q, t, live, h, H, K, d), rows_of(k, t, live, h, H, K, d)
+        Qm = tl.dot(queries, tl.trans(keys), input_precision=PRECISION).to(ACC) * D
+        out = tl.dot(queries, S, input_precision=PRECISION) * f[:, None]
+        out += tl.dot(Qm.to(U.dtype), U, input_precision=PRECISION)
+        put_rows(o, out * scale, t, live, h, H, V, e)
+        A = tl.dot(keys, tl.trans(keys), input_precision=PRECISION).to(ACC) * D
+        A = tl.where(i[:, None] > i[None, :], A, 0.0)
+        P = tl.dot(keys, S, input_precision=PRECISION) * f[:, None]
+        P += tl.dot(A.to(U.dtype), U, input_precision=PRECISION)
+        put_rows(p, P, t, live, h, H, V, e)

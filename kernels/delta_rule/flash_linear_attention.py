@@ -1,0 +1,35 @@
+"""fla's gated delta rule (flash-linear-attention): a rival to measure against, and one that gives no prediction."""
+
+from torch import Tensor
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float,
+    initial_state: Tensor,
+    cu_seqlens: Tensor | None,
+    delta: bool,
+) -> tuple[Tensor, None, Tensor]:
+    """Shapes as in `kernels.delta_rule.gated_delta_rule`; float16, bfloat16 or float32. Raises ValueError for the
+    additive rule."""
+    if not delta:
+        raise ValueError("backend 'fla' of delta_rule runs the delta rule, not the additive rule of linear attention")
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    o, state = chunk_gated_delta_rule(
+        q,
+        k,
+        v,
+        g=g,
+        beta=beta.to(v.dtype),
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=True,
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.long(),
+    )
+    return o, None, state
