@@ -174,7 +174,7 @@ def gradients_k(
         put_rows(dq, d_queries, t, live, h, H, K, d)
         reads = dKS * f[:, None] + tl.dot(HA, keys, input_precision=PRECISION)
         writes = dKE * tl.exp((last - b).to(ACC))[:, None]
-        at_end = tl.sum(tl.sum(keys * writes, 1), 0) + tl.exp(last.to(ACC)) * tl.sum(through_state, 0)
+        at_end = tl.sum(keys * writes) + tl.exp(last.to(ACC)) * tl.sum(through_state, 0)
         writes += tl.dot(tl.trans(HA), keys, input_precision=PRECISION)
         writes += tl.dot(tl.trans(HQ), queries, input_precision=PRECISION)
         put_rows(dk, reads + writes, t, live, h, H, K, d)

@@ -14,18 +14,18 @@ import triton.language as tl
 
 @triton.jit
 def inverse(L, C: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + L)^-1 of strictly lower triangular L (C, C), by forward substitution in blocks: two inverted blocks X, Y on
-    the diagonal with M below become [[X, 0], [-Y M X, Y]]. Blocks up to 16 are joined side by side, in small products.
-    """
+    """(I + L)^-1 of strictly lower triangular L (C, C), by forward substitution: row by row in the blocks of 16 on the
+    diagonal, side by side; then two inverted blocks X, Y with M below them become [[X, 0], [-Y M X, Y]]."""
     N: tl.constexpr = C // 16
     n = tl.arange(0, N)
     on_diagonal = n[:, None, None, None] == n[None, None, :, None]
     small = tl.sum(tl.where(on_diagonal, tl.reshape(L, (N, 16, N, 16)), 0.0), 2)  # (N, 16, 16)
     i = tl.arange(0, 16)
     X = tl.zeros_like(small) + (i[:, None] == i[None, :]).to(L.dtype)[None, :, :]
-    for level in tl.static_range(4):
-        below = _below(i, 1 << level)[None, :, :]
-        X -= tl.dot(tl.dot(X, tl.where(below, small, 0.0), input_precision=PRECISION), X, input_precision=PRECISION)
+    for row in tl.static_range(1, 16):
+        here = (i == row)[None, :, None]
+        above = tl.sum(tl.where(here, small, 0.0), 1)  # (N, 16)
+        X -= tl.where(here, tl.sum(above[:, :, None] * X, 1)[:, None, :], 0.0)
     full = tl.reshape(tl.where(on_diagonal, X[:, :, None, :], 0.0), (C, C))
     i = tl.arange(0, C)
     for level in tl.static_range(4, 6):

@@ -14,6 +14,7 @@ from kernels.sequences import check_cu_seqlens
 BACKENDS = {
     "naive": "kernels.routed_attention.naive:routed_attention",
     "torch": "kernels.routed_attention.gathered:routed_attention",
+    "triton": "kernels.routed_attention.ranked:routed_attention",
 }
 
 

@@ -123,20 +123,6 @@ def small_chunks():
         yield
 
 
-@pytest.fixture(scope="module")
-def no_stale_memory():
-    """What is allocated and not initialised holds NaN: a kernel that reads it is found out."""
-    with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((torch, "empty_like"), (torch.Tensor, "new_empty")):
-            plain = getattr(owner, name)
-            patch.setattr(owner, name, lambda *args, plain=plain, **kw: _poisoned(plain(*args, **kw)))
-        yield
-
-
-def _poisoned(x):
-    return x.fill_(torch.nan) if x.is_floating_point() else x
-
-
 lengths_of_documents = st.lists(st.sampled_from([0, 0, 1, 5, 16, 17, 35]), min_size=1, max_size=5).filter(any)
 
 

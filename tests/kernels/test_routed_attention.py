@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
-from kernels.routed_attention import gathered, routed_attention
+from kernels.routed_attention import gathered, ranked, routed_attention
 
 USAGES = [0.0, 0.05, 0.5, 1.0]
 PATHS = ["gathered", "masked"]
@@ -50,8 +50,8 @@ def run(inputs, **options):
     return [o.detach(), *torch.autograd.grad((o * weight.to(o)).sum(), leaves)]
 
 
-def check_against_the_definition(inputs, tolerance=1e-12, **options):
-    ours, naive = run(inputs, backend="torch", **options), run(inputs, backend="naive", **options)
+def check_against_the_definition(inputs, tolerance=1e-12, backend="torch", **options):
+    ours, naive = run(inputs, backend=backend, **options), run(inputs, backend="naive", **options)
     for one, other in zip(ours, naive, strict=True):
         assert one.isfinite().all()
         assert_close(one, other, rtol=0, atol=tolerance * (1 + other.abs().max().item()))
@@ -68,6 +68,18 @@ shapes = st.fixed_dictionaries(
         "bias": st.booleans(),
     }
 )
+small_shapes = st.fixed_dictionaries(  # the interpreter is slow
+    {
+        "seed": st.integers(0, 1000),
+        "H": st.integers(1, 2),
+        "K": st.integers(1, 20),
+        "V": st.integers(1, 20),
+        "groups": st.integers(1, 2),
+        "usages": st.lists(st.sampled_from(USAGES), min_size=1, max_size=6),
+        "bias": st.booleans(),
+    }
+)
+documents = st.lists(st.sampled_from([0, 0, 1, 15, 17, 25]), min_size=1, max_size=4).filter(any)
 windows = st.sampled_from([0, 0, 0, 1, 3, 100])
 scales = st.sampled_from([None, 1.0, 2.5])
 one_path_for_all_examples = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -95,6 +107,77 @@ def test_packed_sequences(path, shape, lengths, window, scale):
 @pytest.mark.parametrize("usages", [(u,) for u in USAGES] + [(0.9, 0.0, 0.05, 0.0), (1.0, 0.0)], ids=str)
 def test_usages_even_and_skewed(path, usages, bias):
     check_against_the_definition(make(B=2, T=64, H=4, groups=2, usages=usages, bias=bias))
+
+
+@pytest.fixture(scope="module")
+def in_triton(no_stale_memory):
+    """Small blocks, so that there are several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranked, "blocks", lambda *args, **kw: (16, 16, 4))
+        yield {"backend": "triton", "tolerance": 1e-11}
+
+
+class TestTriton:
+    @settings(max_examples=8)
+    @given(shape=small_shapes, B=st.integers(1, 2), T=st.sampled_from([1, 15, 33, 50]), window=windows, scale=scales)
+    def test_batches(self, in_triton, shape, B, T, window, scale):
+        check_against_the_definition(make(B=B, T=T, **shape), window=window, scale=scale, **in_triton)
+
+    @settings(max_examples=8)
+    @given(shape=small_shapes, lengths=documents, window=windows, scale=scales)
+    def test_packed_sequences(self, in_triton, shape, lengths, window, scale):
+        options = {"cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), "window": window}
+        check_against_the_definition(make(T=sum(lengths), **shape), scale=scale, **options, **in_triton)
+
+    @pytest.mark.parametrize("window", [0, 5])
+    @pytest.mark.parametrize("usages", [(u,) for u in USAGES] + [(1.0, 0.0, 0.05)], ids=str)
+    def test_usages_even_and_skewed(self, in_triton, usages, window):
+        inputs = make(T=40, H=3, groups=2, usages=usages, bias=True)
+        check_against_the_definition(inputs, window=window, **in_triton)
+
+    @pytest.mark.parametrize("K, V", [(16, 32), (64, 64), (128, 128), (256, 256)])
+    def test_at_the_sizes_that_models_have(self, K, V):
+        """In blocks of the size that runs on a GPU."""
+        inputs = make(T=150, H=1, K=K, V=V, bias=True)
+        check_against_the_definition(inputs, backend="triton", tolerance=1e-11)
+
+    def test_single_precision(self, in_triton):
+        inputs = make(T=64, H=4, usages=(0.9, 0.0, 0.05, 0.5), bias=True)
+        rounded = {n: x.detach().float().requires_grad_() if x.is_floating_point() else x for n, x in inputs.items()}
+        exact = {n: x.detach().double().requires_grad_() if x.is_floating_point() else x for n, x in rounded.items()}
+        for one, other in zip(run(rounded, backend="triton"), run(exact, backend="naive"), strict=True):
+            assert_close(one.double(), other, rtol=0, atol=1e-5)
+
+    def test_gradients_are_those_of_finite_differences(self, in_triton):
+        inputs = make(T=4, H=1, K=2, V=2, bias=True)
+        stored = inputs.pop("stored")
+
+        def function(q, k, v, bias):
+            return routed_attention(q, k, v, stored, bias, backend="triton")
+
+        assert torch.autograd.gradcheck(function, list(inputs.values()))
+
+    @pytest.mark.parametrize("window", [0, 3])
+    def test_the_operator_is_sound(self, in_triton, window):
+        """Fake tensors, autograd registration and aliasing, as torch.compile and FSDP rely on them."""
+        inputs = {n: x.float() if x.is_floating_point() else x for n, x in make(T=20, bias=True).items()}
+        parts = [inputs[name].detach().requires_grad_() for name in ("q", "k", "v", "bias")]
+        arguments = (*parts, *ranked.plan(inputs["stored"], None, window), 0.5, window)
+        torch.library.opcheck(torch.ops.lightning_mixers.routed_attention, arguments)
+
+    @pytest.mark.parametrize("window", [0, 4])
+    def test_the_plan_counts_what_is_seen(self, window):
+        """Ranks low to high, and the window, are the keys of the definition's mask."""
+        stored, bounds = torch.rand(1, 30, 2) < 0.4, torch.tensor([0, 11, 11, 30])
+        index, counts, low, high, starts, ends = ranked.plan(stored, bounds, window)
+        for row, kept in enumerate(stored[0].T):
+            positions = kept.nonzero()[:, 0]
+            assert torch.equal(index[row, : counts[row]].long(), positions)
+            for t in range(30):
+                first, last = (0, 11) if t < 11 else (11, 30)
+                assert (starts[0, t], ends[0, t]) == (first, last)
+                seen = index[row, low[row, t] : high[row, t]].tolist()
+                assert seen == [int(j) for j in positions if first <= j <= t - window]
 
 
 def test_single_precision(path):

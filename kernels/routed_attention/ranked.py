@@ -1,0 +1,180 @@
+"""The Triton backend of routed attention: the plan of ranks, the launches, and what autograd and torch.compile need.
+
+The plan is made of cumulative sums on the device, so that nothing waits for the host.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.dispatch import interpreted
+from kernels.routed_attention import ranked_kernels as kernels
+from kernels.sequences import lengths_of
+
+
+class Plan(NamedTuple):
+    """Who sees what; int32. A row is one of B * H_kv; positions and ends are those of a row's T tokens.
+
+    Attributes:
+        index: (rows, T) position of the stored token of every rank, in order.
+        counts: (rows,) how many are stored.
+        low, high: (rows, T) the ranks that the query of each token sees, high excluded; those in its window excepted.
+        starts, ends: (B, T) bounds of each token's document.
+    """
+
+    index: Tensor
+    counts: Tensor
+    low: Tensor
+    high: Tensor
+    starts: Tensor
+    ends: Tensor
+
+
+def plan(stored: Tensor, cu_seqlens: Tensor | None, window: int) -> Plan:
+    """The plan of `stored` (B, T, H_kv)."""
+    B, T, H = stored.shape
+    rows = stored.transpose(1, 2).reshape(B * H, T)
+    before = F.pad(rows.cumsum(1, dtype=torch.int32), (1, 0))  # (rows, T + 1): stored among the first t tokens
+    token = torch.arange(T, device=stored.device, dtype=torch.int32)
+    place = torch.where(rows, before[:, :-1], T).long()  # T: dropped
+    index = before.new_zeros(B * H, T + 1).scatter_(1, place, token.expand(B * H, T))[:, :T].contiguous()
+    if cu_seqlens is None:
+        starts, ends = token.new_zeros(B, T), token.new_full((B, T), T)
+    else:
+        bounds = (cu_seqlens[:-1].int(), cu_seqlens[1:].int())
+        starts, ends = (torch.repeat_interleave(x, lengths_of(cu_seqlens), output_size=T)[None] for x in bounds)
+    low = before.gather(1, starts.repeat_interleave(H, 0).long())
+    high = before[:, (token + 1 - window).clamp(min=0).long()]
+    return Plan(index, before[:, -1].contiguous(), low, high.contiguous(), starts.contiguous(), ends.contiguous())
+
+
+def routed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stored: Tensor,
+    bias: Tensor | None,
+    *,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    window: int,
+) -> Tensor:
+    """Shapes as in `kernels.routed_attention.routed_attention`; K and V up to 256; float16, bfloat16, float32 or
+    float64, which q, k and v share."""
+    dtype = v.dtype
+    if interpreted() and dtype in (torch.float16, torch.bfloat16):
+        dtype = torch.float32  # the interpreter's arithmetic on bfloat16 is wrong (triton issue 11584)
+    q, k, v = (x.to(dtype).contiguous() for x in (q, k, v))
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    bias = None if bias is None else bias.to(exact).contiguous()
+    return _forward(q, k, v, bias, *plan(stored, cu_seqlens, window), scale, window)[0]
+
+
+def blocks(K: int, V: int, dtype: torch.dtype, *, keys: bool = False, window: int = 0) -> tuple[int, int, int]:
+    """(queries, keys, warps) of a program that keeps its sums in registers; `keys`: the one that sums over queries."""
+    size = max(K, V)
+    wide = size > 128 or (keys and window and size > 64)
+    if dtype in (torch.float16, torch.bfloat16):
+        return (64, 32 if wide else 64, 8) if keys or wide else (128, 64, 8)
+    return (32, 32, 8) if wide else (64, 32, 8)
+
+
+def _options(q: Tensor, v: Tensor, bias: Tensor | None, *, keys: bool = False, window: int = 0) -> dict:
+    import triton.language as tl
+    from triton import next_power_of_2
+
+    K, V = q.shape[-1], v.shape[-1]
+    BM, BN, warps = blocks(K, V, v.dtype, keys=keys, window=window)
+    half = v.dtype in (torch.float16, torch.bfloat16)
+    return dict(
+        K=K,
+        V=V,
+        BK=max(16, next_power_of_2(K)),
+        BV=max(16, next_power_of_2(V)),
+        BM=BM,
+        BN=BN,
+        HAS_BIAS=bias is not None,
+        ACC=tl.float64 if v.dtype == torch.float64 else tl.float32,
+        PRECISION="ieee" if half or v.dtype == torch.float64 or interpreted() else "tf32x3",
+        num_warps=warps,
+    )
+
+
+@torch.library.custom_op("lightning_mixers::routed_attention", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
+    index: Tensor, counts: Tensor, low: Tensor, high: Tensor, starts: Tensor, ends: Tensor,
+    scale: float, window: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output (B, T, H, V) and the log of every softmax's sum (B, H, T)."""
+    (B, T, heads, _), H = q.shape, k.shape[2]
+    o, lse = _empty(q, v)
+    options = _options(q, v, bias)
+    grid = -(-T // options["BM"]), B * heads
+    kernels.forward[grid](
+        q, k, v, k if bias is None else bias, index, low, high, starts, o, lse, scale, T, H, heads // H, window,
+        **options, NEAR=window > 0,
+    )  # fmt: skip
+    return o, lse
+
+
+@_forward.register_fake
+def _(q, k, v, bias, index, counts, low, high, starts, ends, scale, window):
+    return _empty(q, v)
+
+
+def _empty(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    B, T, heads, _ = q.shape
+    exact = torch.float64 if v.dtype == torch.float64 else torch.float32
+    return v.new_empty(B, T, heads, v.shape[-1]), v.new_empty(B, heads, T, dtype=exact)
+
+
+@torch.library.custom_op("lightning_mixers::routed_attention_backward", mutates_args=())
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
+    index: Tensor, counts: Tensor, low: Tensor, high: Tensor, starts: Tensor, ends: Tensor,
+    o: Tensor, lse: Tensor, do: Tensor, scale: float, window: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v and bias (empty without one)."""
+    (B, T, heads, _), H = q.shape, k.shape[2]
+    delta = (o.to(lse.dtype) * do).sum(-1).transpose(1, 2).contiguous()  # (B, heads, T)
+    dq = torch.empty_like(q)
+    near = window > 0
+    # without a window the rows of tokens that are not stored are never written; with one, sums pass through memory
+    dk, dv = (torch.zeros_like(x, dtype=lse.dtype if near else None) for x in (k, v))
+    d_bias = lse.new_empty(0) if bias is None else torch.zeros_like(bias)
+    some_bias = k if bias is None else bias
+    options = _options(q, v, bias)
+    kernels.backward_q[-(-T // options["BM"]), B * heads](
+        q, k, v, some_bias, index, low, high, starts, do, lse, delta, dq, scale, T, H, heads // H, window,
+        **options, NEAR=near,
+    )  # fmt: skip
+    options = _options(q, v, bias, keys=True, window=window)
+    for by_position in (False, True) if near else (False,):
+        kernels.backward_kv[-(-T // options["BN"]), B * H](
+            q, k, v, some_bias, index, counts, low, high, starts, ends, do, lse, delta, dk, dv, d_bias,
+            scale, T, H, heads // H, window, **options, NEAR=by_position,
+        )  # fmt: skip
+    return dq, dk.to(k.dtype), dv.to(v.dtype), d_bias
+
+
+@_backward.register_fake
+def _(q, k, v, bias, index, counts, low, high, starts, ends, o, lse, do, scale, window):
+    d_bias = lse.new_empty(0) if bias is None else torch.empty_like(bias)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_bias
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.window = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _differentiate(ctx, do, _):
+    *tensors, o, lse = ctx.saved_tensors
+    dq, dk, dv, d_bias = _backward(*tensors, o, lse, do.contiguous(), ctx.scale, ctx.window)
+    return dq, dk, dv, d_bias if tensors[3] is not None else None, *[None] * 8
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

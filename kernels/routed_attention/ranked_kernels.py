@@ -1,0 +1,199 @@
+"""Triton kernels of attention over stored tokens: keys and values are gathered by rank, so cost follows what is stored.
+
+The stored tokens of a row (a sequence's key head) are numbered 0, 1, ... in order: `index` (rows, T) holds their
+positions by rank. Query t sees the ranks low[t] <= r < high[t] of its row (low: where its document begins; high: how
+many tokens are stored up to t, or up to t - window with a local window), and with a window also every token of its
+document with t - window < j <= t. Blocks of ranks that no query of a block sees are never visited.
+
+Rows of q, k, v are (T, heads, D); a row of `index`, `low`, `high` is one per (batch, key head).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile(x, t, seen, h, H, D: tl.constexpr, d):
+    """x[t, h, d] of (T, H, D); zeros where a token is not `seen`."""
+    return tl.load(
+        x + (t.to(tl.int64) * H + h)[:, None] * D + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0
+    )
+
+
+@triton.jit
+def put(x, value, t, seen, h, H, D: tl.constexpr, d):
+    at = x + (t.to(tl.int64) * H + h)[:, None] * D + d[None, :]
+    tl.store(at, value.to(x.dtype.element_ty), mask=seen[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def logits_of(q, k, bias, h, H, j, seen, scale, HAS_BIAS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """Logits (M, N) of loaded queries q (M, K) and keys k (N, K) at tokens j."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION).to(ACC) * scale
+    if HAS_BIAS:
+        s += tl.load(bias + j.to(tl.int64) * H + h, mask=seen, other=0.0)[None, :]
+    return s
+
+
+@triton.jit
+def keys_at(step, ranks, index, row, T, first, near: tl.constexpr, BN: tl.constexpr):
+    """Tokens j (BN,) of a block of keys, and where it holds any: by rank, or `near`, by position."""
+    r = first + step * BN + tl.arange(0, BN)
+    there = r < ranks
+    return r, (r if near else tl.load(index + row.to(tl.int64) * T + r, mask=there, other=0)), there
+
+
+@triton.jit
+def visible(t, j, r, low, high, start, window, near: tl.constexpr):
+    """Which keys a query sees (M, N): stored ones by rank, or those of its window."""
+    if near:
+        behind = t[:, None] - j[None, :]
+        return (behind >= 0) & (behind < window) & (j[None, :] >= start[:, None])
+    return (r[None, :] >= low[:, None]) & (r[None, :] < high[:, None])
+
+
+@triton.jit
+def forward(
+    q, k, v, bias, index, low, high, starts, o, lse, scale, T, H, G, window,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    HAS_BIAS: tl.constexpr, NEAR: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (T / BM, B * H * G): outputs -> o (B T, H G, V), log of the softmax's sum -> lse (B H G, T)."""
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
+    heads = H * G
+    b, hq = tl.program_id(1) // heads, tl.program_id(1) % heads
+    h = hq // G
+    row = b * H + h
+    m, d, e = tl.arange(0, BM), tl.arange(0, BK), tl.arange(0, BV)
+    t = block * BM + m
+    live = t < T
+    lo = tl.load(low + row.to(tl.int64) * T + t, mask=live, other=2147483647)
+    hi = tl.load(high + row.to(tl.int64) * T + t, mask=live, other=0)
+    start = tl.load(starts + b.to(tl.int64) * T + t, mask=live, other=2147483647)
+    queries = tile(q, b.to(tl.int64) * T + t, live, hq, heads, K, d)
+    acc = tl.zeros((BM, BV), ACC)
+    top = tl.full((BM,), float("-inf"), ACC)
+    total = tl.zeros((BM,), ACC)
+    for near in tl.static_range(2 if NEAR else 1):
+        if near == 0:
+            first, last = tl.min(lo, 0) // BN * BN, tl.max(hi, 0)
+        else:
+            first = tl.maximum(tl.maximum(block * BM - window + 1, tl.min(start, 0)), 0) // BN * BN
+            last = tl.minimum((block + 1) * BM, T)
+        for step in range(0, tl.cdiv(tl.maximum(last - first, 0), BN)):
+            r, j, there = keys_at(step, last, index, row, T, first, near == 1, BN)
+            keys = tile(k, b.to(tl.int64) * T + j, there, h, H, K, d)
+            values = tile(v, b.to(tl.int64) * T + j, there, h, H, V, e)
+            s = logits_of(queries, keys, bias + b.to(tl.int64) * T * H, h, H, j, there, scale, HAS_BIAS, ACC, PRECISION)
+            see = visible(t, j, r, lo, hi, start, window, near == 1) & there[None, :]
+            s = tl.where(see, s, float("-inf"))
+            new = tl.maximum(top, tl.max(s, 1))
+            shift = tl.where(new == float("-inf"), 0.0, new)  # nothing seen yet
+            p = tl.exp(s - shift[:, None])
+            fade = tl.exp(top - shift)
+            total = total * fade + tl.sum(p, 1)
+            acc = acc * fade[:, None] + tl.dot(p.to(v.dtype.element_ty), values, input_precision=PRECISION)
+            top = new
+    some = total > 0
+    put(o, acc / tl.where(some, total, 1.0)[:, None], b.to(tl.int64) * T + t, live, hq, heads, V, e)
+    value = tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("inf"))  # inf: weights of exp(-inf)
+    tl.store(lse + tl.program_id(1).to(tl.int64) * T + t, value, mask=live)
+
+
+@triton.jit
+def backward_q(
+    q, k, v, bias, index, low, high, starts, do, lse, delta, dq, scale, T, H, G, window,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    HAS_BIAS: tl.constexpr, NEAR: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid as `forward`: dq. `delta` (B H G, T) is the sum of o * do."""
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    heads = H * G
+    b, hq = tl.program_id(1) // heads, tl.program_id(1) % heads
+    h = hq // G
+    row = b * H + h
+    m, d, e = tl.arange(0, BM), tl.arange(0, BK), tl.arange(0, BV)
+    t = block * BM + m
+    live = t < T
+    lo = tl.load(low + row.to(tl.int64) * T + t, mask=live, other=2147483647)
+    hi = tl.load(high + row.to(tl.int64) * T + t, mask=live, other=0)
+    start = tl.load(starts + b.to(tl.int64) * T + t, mask=live, other=2147483647)
+    queries = tile(q, b.to(tl.int64) * T + t, live, hq, heads, K, d)
+    d_out = tile(do, b.to(tl.int64) * T + t, live, hq, heads, V, e)
+    at = tl.program_id(1).to(tl.int64) * T + t
+    log_sum = tl.load(lse + at, mask=live, other=float("inf"))
+    dot = tl.load(delta + at, mask=live, other=0.0)
+    acc = tl.zeros((BM, BK), ACC)
+    for near in tl.static_range(2 if NEAR else 1):
+        if near == 0:
+            first, last = tl.min(lo, 0) // BN * BN, tl.max(hi, 0)
+        else:
+            first = tl.maximum(tl.maximum(block * BM - window + 1, tl.min(start, 0)), 0) // BN * BN
+            last = tl.minimum((block + 1) * BM, T)
+        for step in range(0, tl.cdiv(tl.maximum(last - first, 0), BN)):
+            r, j, there = keys_at(step, last, index, row, T, first, near == 1, BN)
+            keys = tile(k, b.to(tl.int64) * T + j, there, h, H, K, d)
+            values = tile(v, b.to(tl.int64) * T + j, there, h, H, V, e)
+            s = logits_of(queries, keys, bias + b.to(tl.int64) * T * H, h, H, j, there, scale, HAS_BIAS, ACC, PRECISION)
+            see = visible(t, j, r, lo, hi, start, window, near == 1) & there[None, :]
+            p = tl.where(see, tl.exp(s - log_sum[:, None]), 0.0)
+            ds = p * (tl.dot(d_out, tl.trans(values), input_precision=PRECISION).to(ACC) - dot[:, None])
+            acc += tl.dot(ds.to(k.dtype.element_ty), keys, input_precision=PRECISION)
+    put(dq, acc * scale, b.to(tl.int64) * T + t, live, hq, heads, K, d)
+
+
+@triton.jit
+def backward_kv(
+    q, k, v, bias, index, counts, low, high, starts, ends, do, lse, delta, dk, dv, d_bias, scale, T, H, G, window,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    HAS_BIAS: tl.constexpr, NEAR: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (T / BN, B * H): dk, dv and d_bias of a block of stored tokens, or with NEAR of a block of positions, whose
+    gradients are added to what is there. A token's row is written by one program: there are no atomics."""
+    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    row = tl.program_id(1)
+    heads = H * G
+    count = T if NEAR else tl.load(counts + row)
+    first = tl.program_id(0) * BN
+    if first < count:
+        m, d, e = tl.arange(0, BM), tl.arange(0, BK), tl.arange(0, BV)
+        r, j, there = keys_at(0, count, index, row, T, first, NEAR, BN)
+        base = b.to(tl.int64) * T
+        keys, values = tile(k, base + j, there, h, H, K, d), tile(v, base + j, there, h, H, V, e)
+        d_keys, d_values = tl.zeros((BN, BK), ACC), tl.zeros((BN, BV), ACC)
+        d_logits = tl.zeros((BN,), ACC)
+        end = tl.max(tl.load(ends + base + j, mask=there, other=0), 0)  # of the last key's document
+        from_t = tl.min(tl.where(there, j, T), 0) // BM * BM
+        if NEAR:
+            end = tl.minimum(end, tl.max(tl.where(there, j, 0), 0) + window)
+        for step in range(0, tl.cdiv(end - from_t, BM)):
+            t = from_t + step * BM + m
+            live = t < end
+            lo = tl.load(low + row.to(tl.int64) * T + t, mask=live, other=2147483647)
+            hi = tl.load(high + row.to(tl.int64) * T + t, mask=live, other=0)
+            start = tl.load(starts + base + t, mask=live, other=2147483647)
+            see = visible(t, j, r, lo, hi, start, window, NEAR) & there[None, :] & live[:, None]
+            for g in range(0, G):
+                hq = h * G + g
+                queries = tile(q, base + t, live, hq, heads, K, d)
+                d_out = tile(do, base + t, live, hq, heads, V, e)
+                at = (b.to(tl.int64) * heads + hq) * T + t
+                log_sum = tl.load(lse + at, mask=live, other=float("inf"))
+                dot = tl.load(delta + at, mask=live, other=0.0)
+                s = logits_of(queries, keys, bias + base * H, h, H, j, there, scale, HAS_BIAS, ACC, PRECISION)
+                p = tl.where(see, tl.exp(s - log_sum[:, None]), 0.0)
+                d_values += tl.dot(tl.trans(p.to(v.dtype.element_ty)), d_out, input_precision=PRECISION)
+                ds = p * (tl.dot(d_out, tl.trans(values), input_precision=PRECISION).to(ACC) - dot[:, None])
+                d_logits += tl.sum(ds, 0)
+                d_keys += tl.dot(tl.trans(ds.to(q.dtype.element_ty)), queries, input_precision=PRECISION)
+        d_keys *= scale
+        if NEAR:
+            d_keys += tile(dk, base + j, there, h, H, K, d)
+            d_values += tile(dv, base + j, there, h, H, V, e)
+        put(dk, d_keys, base + j, there, h, H, K, d)
+        put(dv, d_values, base + j, there, h, H, V, e)
+        if HAS_BIAS:
+            at = d_bias + (base + j) * H + h
+            if NEAR:
+                d_logits += tl.load(at, mask=there, other=0.0)
+            tl.store(at, d_logits.to(d_bias.dtype.element_ty), mask=there)
