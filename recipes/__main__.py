@@ -18,11 +18,12 @@ COMMANDS = {
     "predict": ("recipes.cli:main", "run a checkpoint over the test split"),
     "compare": ("recipes.compare:compare", "train several mixers on one task, several seeds, one table"),
     "bench": ("recipes.bench:bench", "speed and memory head to head: operations and whole mixers"),
+    "doctor": ("recipes.doctor:doctor", "is this machine ready; are the kernels right on it"),
     "figures": ("recipes.figures:figures", "draw what a checkpoint keeps of a text"),
     "ls": ("recipes.listing:ls", "the mixers, routers, thresholds, data and recipes there are"),
     "show": ("recipes.listing:show", "what one of them is, and its options"),
 }
-FUNCTIONS = ("compare", "bench", "figures")
+FUNCTIONS = ("compare", "bench", "doctor", "figures")
 
 
 def usage() -> str:
@@ -57,8 +58,8 @@ def run(command: str, args: list[str]) -> int:
         f"--{key}" for key, p in inspect.signature(function).parameters.items() if p.annotation in (bool, "bool")
     }
     args = [f"{arg}=true" if arg in switches else arg for arg in args]
-    auto_cli(function, args=args, prog=prog, as_positional=False, exit_on_error=False, allow_abbrev=False)
-    return 0
+    code = auto_cli(function, args=args, prog=prog, as_positional=False, exit_on_error=False, allow_abbrev=False)
+    return code or 0
 
 
 def main(argv: list[str] | None = None) -> int:

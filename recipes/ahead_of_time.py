@@ -1,0 +1,69 @@
+"""Every Triton kernel compiled for GPUs that are not there, and a table of what each would take of one."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels.ahead_of_time import SHARED_MEMORY, compile_only
+from mixers.registry import SpecError
+from recipes.results import markdown_table
+
+HEAD_DIMS = (64, 128)
+
+
+def compile_all(capabilities: list[int], folder: Path | None) -> list[dict[str, Any]]:
+    """Compiles for K = V = 64 and 128 in bfloat16; prints the table, and writes it as aot.md into `folder`."""
+    for capability in capabilities:
+        if capability not in SHARED_MEMORY:
+            raise SpecError(f"unknown compute capability {capability}; known: {', '.join(map(str, SHARED_MEMORY))}")
+    rows = [row for capability in capabilities for K in HEAD_DIMS for row in compile_for(capability, K)]
+    header = ["kernel", "capability", "K = V", "warps", "registers", "bytes spilled", "shared KiB", "of", "matrix"]
+    lines = [
+        [
+            f"{row['operation']} {row['name']}",
+            *(str(row[key]) for key in ("capability", "K", "warps", "registers", "spilled")),
+            f"{row['shared'] / 1024:.0f}",
+            str(SHARED_MEMORY[row["capability"]]),
+            row["matrix"] or "none",
+        ]
+        for row in rows
+    ]
+    table = markdown_table(header, lines)
+    print(f"\nkernels in bfloat16, compiled ahead of time:\n\n{table}")
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "aot.md").write_text(table + "\n")
+    return rows
+
+
+def compile_for(capability: int, K: int) -> list[dict[str, Any]]:
+    """What every launch of the two operations compiles to, forward and backward."""
+    from kernels.delta_rule import chunkwise
+    from kernels.routed_attention import ranked
+
+    B, T, H = 1, 256, 2
+    rows = []
+
+    def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(*shape, dtype=dtype).requires_grad_()
+
+    with compile_only(capability) as found:
+        q, k, v = (draw(B, T, H, K) for _ in range(3))
+        g, beta = draw(B, T, H, dtype=torch.float32), draw(B, T, H, dtype=torch.float32)
+        state = draw(B, H, K, K, dtype=torch.float32)
+        o, p, _ = chunkwise.gated_delta_rule(
+            q, k, v, g, beta, scale=1.0, initial_state=state, cu_seqlens=None, delta=True
+        )
+        (o.float().sum() + p.sum()).backward()
+    rows += [{"operation": "delta_rule", "K": K} | asdict(kernel) for kernel in found]
+    stored = torch.rand(B, T, H) < 0.5
+    for window in (0, 64):
+        with compile_only(capability) as found:
+            ranked.routed_attention(
+                q, k, v, stored, None, scale=1.0, cu_seqlens=None, window=window
+            ).float().sum().backward()
+        name = "routed_attention" + (" (window)" if window else "")
+        rows += [{"operation": name, "K": K} | asdict(kernel) for kernel in found]
+    return rows

@@ -1,0 +1,186 @@
+"""Is this machine ready, and are the kernels right on it: every available backend against its definition."""
+
+import math
+import os
+import platform
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels import delta_rule, routed_attention
+from kernels.dispatch import automatic, unavailable
+from mixers.registry import SpecError
+from recipes.results import PACKAGES, device_name, markdown_table, stamp, write_json
+
+OPERATIONS = {"delta_rule": delta_rule.BACKENDS, "routed_attention": routed_attention.BACKENDS}
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest error that is let pass, relative to the largest value of the tensor; bfloat16 has 8 bits of precision."""
+
+Tensors = dict[str, torch.Tensor]
+
+
+def doctor(
+    interpret: bool = False,
+    compile: list[int] | None = None,
+    lengths: list[int] | None = None,
+    out: str = "",
+) -> int:
+    """Prints what there is and which backend each operation takes, checks all of them, and ends with a verdict.
+
+    Exit code 0 if all is well, 1 if a backend is wrong, 2 for a mistake in the flags.
+
+    Args:
+        interpret: check the Triton kernels too where there is no GPU, in Triton's interpreter (a minute or two).
+        compile: compute capabilities, such as 90, to compile every Triton kernel for, without a GPU: a table of their
+            registers, spills, shared memory and matrix instructions.
+        lengths: tokens T of the checks. Default: 1, 70 and 300.
+        out: folder for doctor.json and, with --compile, aot.md.
+    """
+    if interpret and compile:
+        raise SpecError("--interpret and --compile exclude each other: interpreted kernels are not compiled")
+    if interpret:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is first imported
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(_versions(device), "\n")
+    print(_backends(device), "\n", flush=True)
+    for warning in known_problems(device):
+        print(f"warning: {warning}")
+    rows = []
+    for row in _checks(device, lengths or [1, 70, 300], interpret):
+        rows.append(row)
+        print(_line(row), flush=True)
+    bad = [row for row in rows if not row["ok"]]
+    report: dict[str, Any] = stamp() | {"checks": rows}
+    if compile:
+        from recipes.ahead_of_time import compile_all
+
+        report["compiled"] = compile_all(compile, Path(out) if out else None)
+    if out:
+        write_json(Path(out) / "doctor.json", report)
+    print(f"\n{len(rows) - len(bad)} of {len(rows)} checks passed: " + ("NOT WELL" if bad else "all well"))
+    return 1 if bad else 0
+
+
+def _versions(device: str) -> str:
+    def installed(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "not installed"
+
+    rows = [["python", platform.python_version()], *([name, installed(name)] for name in PACKAGES)]
+    rows.append(["device", device_name()])
+    if device == "cuda":
+        rows.append(["compute capability", ".".join(map(str, torch.cuda.get_device_capability()))])
+    return markdown_table(["what", "version"], rows)
+
+
+def _backends(device: str) -> str:
+    rows = []
+    for operation, table in OPERATIONS.items():
+        chosen = automatic(table, device)
+        for name in table:
+            state = "what auto takes" if name == chosen else unavailable(name, device) or "available"
+            rows.append([operation, name, state])
+    return markdown_table(["operation", "backend", f"on {device}"], rows)
+
+
+def known_problems(device: str) -> Iterator[str]:
+    """Combinations of versions that are known to compute wrong results."""
+    try:
+        fla, triton = version("flash-linear-attention"), version("triton")
+    except PackageNotFoundError:
+        return
+    hopper = device == "cuda" and torch.cuda.get_device_capability()[0] == 9
+    if hopper and tuple(map(int, triton.split(".")[:2])) >= (3, 4):
+        yield (
+            f"fla {fla} with triton {triton} on Hopper: some of fla's versions give wrong gradients here (fla issues "
+            "640 and 984); its check below says whether this one does. Backend 'triton' is our own"
+        )
+
+
+def _checks(device: str, lengths: list[int], interpret: bool) -> Iterator[dict[str, Any]]:
+    half = [torch.bfloat16, torch.float16] if device == "cuda" else []
+    for operation, make, function in (
+        ("delta_rule", _delta_inputs, _delta_rule),
+        ("routed_attention", _routed_inputs, _routed),
+    ):
+        for backend in OPERATIONS[operation]:
+            if backend == "naive" or unavailable(backend, device):
+                continue
+            slow = backend == "triton" and interpret
+            for dtype in [torch.float32, *half]:
+                for T in lengths[:2] if slow else lengths:
+                    for K in [16] if slow else [32, 128]:
+                        options = dict(operation=operation, backend=backend, dtype=str(dtype).split(".")[1], T=T, K=K)
+                        yield options | _check(backend, make(T, K, device, dtype), function, dtype)
+
+
+def _check(backend: str, inputs: Tensors, function: Callable, dtype: torch.dtype) -> dict[str, Any]:
+    """The largest error over outputs and gradients, relative to each tensor's largest value, or to 0.1 if that is more."""
+    exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    try:
+        ours = _run(function, inputs, backend)
+        golden = _run(function, exact, "naive", only=ours)
+    except Exception as error:  # whatever a backend does wrong is what this command is to report
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", "ok": False}
+    errors = {
+        name: float((ours[name].double() - x).abs().max() / x.abs().max().clamp(min=0.1)) for name, x in golden.items()
+    }
+    worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
+    return {"error": errors[worst], "worst": worst, "ok": errors[worst] <= TOLERANCES[dtype]}
+
+
+def _run(function: Callable, inputs: Tensors, backend: str, only: Tensors | None = None) -> Tensors:
+    """Outputs (those in `only`, if given: fla has no prediction), and the gradients of a random function of them."""
+    leaves = {name: x.clone().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
+    outputs = function(backend=backend, **leaves)
+    outputs = {name: x for name, x in outputs.items() if only is None or name in only}
+    draw = torch.Generator().manual_seed(1)
+    loss = 0
+    for x in outputs.values():
+        loss = loss + (x * torch.randn(x.shape, generator=draw).to(x)).sum()
+    wanted = {name: x for name, x in leaves.items() if x.requires_grad}
+    gradients = torch.autograd.grad(loss, list(wanted.values()))
+    named = {f"gradient of {name}": x for name, x in zip(wanted, gradients, strict=True)}
+    return {name: x.detach() for name, x in outputs.items()} | named
+
+
+def _delta_inputs(T: int, K: int, device: str, dtype: torch.dtype) -> Tensors:
+    draw = torch.Generator().manual_seed(T + K)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw)
+
+    q, k = (torch.nn.functional.normalize(normal(2, T, 2, K), dim=-1) for _ in range(2))
+    g, beta = -(normal(2, T, 2) - 2).exp(), normal(2, T, 2).sigmoid()
+    parts = {"q": q.to(dtype), "k": k.to(dtype), "v": normal(2, T, 2, K).to(dtype), "g": g, "beta": beta}
+    return {name: x.to(device) for name, x in parts.items()}
+
+
+def _delta_rule(*, backend: str, **inputs: torch.Tensor) -> Tensors:
+    o, prediction, state = delta_rule.gated_delta_rule(**inputs, backend=backend)
+    return {"o": o, "state": state} | ({} if prediction is None else {"prediction": prediction})
+
+
+def _routed_inputs(T: int, K: int, device: str, dtype: torch.dtype) -> Tensors:
+    draw = torch.Generator().manual_seed(T + K)
+    q, k, v = (torch.randn(2, T, heads, K, generator=draw).to(dtype) for heads in (4, 2, 2))
+    stored = torch.rand(2, T, 2, generator=draw) < torch.tensor([0.9, 0.05])
+    bias = torch.randn(2, T, 2, generator=draw)
+    parts = {"q": q, "k": k, "v": v, "stored": stored, "bias": bias}
+    return {name: x.to(device) for name, x in parts.items()}
+
+
+def _routed(*, backend: str, **inputs: torch.Tensor) -> Tensors:
+    return {"o": routed_attention.routed_attention(**inputs, backend=backend)}
+
+
+def _line(row: dict[str, Any]) -> str:
+    where = f"{row['operation']:<17}{row['backend']:<7}{row['dtype']:<9}T {row['T']:<6}K {row['K']:<4}"
+    if isinstance(row["error"], str):
+        return f"FAIL  {where} {row['error']}"
+    return f"{'ok  ' if row['ok'] else 'FAIL'}  {where} error {row['error']:.1e} ({row['worst']})"

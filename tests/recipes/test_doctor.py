@@ -1,0 +1,84 @@
+"""The doctor: finds a wrong kernel, and says what the kernels would take of a GPU that is not there."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kernels.ahead_of_time import SHARED_MEMORY
+from recipes import doctor as module
+
+
+def test_all_is_well_here(run, tmp_path):
+    result = run(f"doctor --lengths [1,20] --out {tmp_path}")
+    assert result.code == 0 and "all well" in result.out
+    checks = json.loads((tmp_path / "doctor.json").read_text())["checks"]
+    assert {(row["operation"], row["backend"]) for row in checks} >= {
+        ("delta_rule", "torch"),
+        ("routed_attention", "torch"),
+        ("routed_attention", "triton"),  # in the interpreter
+    }
+    assert all(row["error"] < 1e-4 for row in checks)
+
+
+@pytest.mark.parametrize("wrong", ["forward", "backward", "nan", "raises"])
+def test_a_wrong_backend_is_found(run, monkeypatch, wrong):
+    from kernels.routed_attention import gathered
+
+    right = gathered.routed_attention
+
+    def bad(q, k, v, *args, **options):
+        o = right(q, k, v, *args, **options)
+        if wrong == "forward":
+            return o * 1.01
+        if wrong == "backward":
+            return o + 0.01 * (k.sum() - k.sum().detach())
+        if wrong == "nan":
+            return torch.full_like(o, torch.nan) + o
+        raise RuntimeError("no kernel\nimage")
+
+    monkeypatch.setattr(gathered, "routed_attention", bad)
+    monkeypatch.setitem(module.OPERATIONS, "routed_attention", {"torch": "", "naive": ""})
+    monkeypatch.setitem(module.OPERATIONS, "delta_rule", {"torch": "", "naive": ""})
+    result = run("doctor --lengths [20]")
+    assert result.code == 1 and "NOT WELL" in result.out
+    failed = [line for line in result.out.splitlines() if line.startswith("FAIL")]
+    assert failed and all("routed_attention torch" in line for line in failed)
+    if wrong == "raises":
+        assert "RuntimeError: no kernel image" in failed[0]
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_hopper_without_spills(tmp_path):
+    """Ahead of time, in a process of its own, as kernels here are interpreted."""
+    command = [sys.executable, "-m", "recipes", "doctor", "--lengths", "[1]", "--compile", "[90]", "--out", tmp_path]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = json.loads((tmp_path / "doctor.json").read_text())["compiled"]
+    assert {kernel["K"] for kernel in kernels} == {64, 128}
+    assert {kernel["name"] for kernel in kernels} >= {
+        *("prepare", "scan", "read", "prepare_back", "scan_back", "gradients_v", "gradients_k"),
+        *("forward", "backward_q", "backward_kv"),
+    }
+    for kernel in kernels:
+        assert kernel["spilled"] == 0, kernel
+        assert kernel["shared"] <= SHARED_MEMORY[90] * 1024, kernel
+        assert kernel["matrix"], kernel
+    assert "| wgmma" in (tmp_path / "aot.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        ("--compile [91]", ["unknown compute capability 91", "90"]),
+        ("--interpret --compile [90]", ["--interpret", "--compile"]),
+    ],
+)
+def test_mistakes(run, flags, parts):
+    result = run(f"doctor --lengths [1] {flags}")
+    last = result.err.strip().splitlines()[-1]
+    assert result.code == 2 and [part for part in parts if part not in last] == []
