@@ -120,7 +120,7 @@ def _checks(device: str, lengths: list[int], interpret: bool) -> Iterator[dict[s
 
 
 def _check(backend: str, inputs: Tensors, function: Callable, dtype: torch.dtype) -> dict[str, Any]:
-    """The largest error over outputs and gradients, relative to each tensor's largest value, or to 0.1 if that is more."""
+    """The largest error over outputs and gradients, relative to each tensor's largest value (0.1 at least)."""
     exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
     try:
         ours = _run(function, inputs, backend)

@@ -120,7 +120,7 @@ class TestUsageAsked:
 
     @pytest.mark.parametrize("usage", [0.125, 0.5])
     def test_another_usage_after_training(self, usage):
-        """Less exactly: with more or fewer tokens stored, the scores of the layers above are others than in training."""
+        """Less exactly: with other tokens stored, the scores of the layers above are not those of training."""
         model = make(router="residual", kv_usage=0.25)
         train(model, 100)
         set_kv_usage(model, usage)
