@@ -27,17 +27,29 @@ def choose(operation: str, backend: str, table: Mapping[str, str], device: torch
     Raises:
         ValueError: the operation has no backend of that name, or it cannot run here, and why.
     """
+    name = _resolve(operation, backend, tuple(table.items()), device.type)
+    return name, _LOADED[operation, name]
+
+
+_LOADED: dict[tuple[str, str], Callable] = {}
+
+
+@torch.compiler.assume_constant_result
+def _resolve(operation: str, backend: str, items: tuple[tuple[str, str], ...], device: str) -> str:
+    """The backend's name, its function being loaded. torch.compile runs this once, and takes the answer as given."""
+    table = dict(items)
     if backend == "auto":
-        backend = automatic(table, device.type)
+        backend = automatic(table, device)
     elif backend not in table:
         raise ValueError(f"unknown backend {backend!r} for {operation}; known: auto, {', '.join(table)}")
-    elif reason := unavailable(backend, device.type):
+    elif reason := unavailable(backend, device):
         raise ValueError(f"backend {backend!r} of {operation} is not available: {reason}")
     if CHOSEN.get(operation) != backend:
         CHOSEN[operation] = backend
         log.info("%s runs on the %s backend", operation, backend)
     module, _, name = table[backend].partition(":")
-    return backend, getattr(importlib.import_module(module), name)
+    _LOADED[operation, backend] = getattr(importlib.import_module(module), name)
+    return backend
 
 
 def automatic(table: Mapping[str, str], device: str) -> str:

@@ -42,7 +42,7 @@ class Threshold(nn.Module):
         self.register_buffer("table", torch.zeros(groups, LEVELS))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self._pending: dict[int, Tensor] = {}  # layer -> scores (tokens, H) of the step under way
-        self._warned = False
+        self._checked = False
 
     def _apply(self, fn, recurse=True):
         """Follow the model to its device, but stay in float32: a table in bfloat16 cannot tell scores apart."""
@@ -72,9 +72,11 @@ class Threshold(nn.Module):
         """The threshold, (H,) or (1,) float32: -inf at usage 1, inf at usage 0, whatever the kind."""
         if self.kv_usage in (0.0, 1.0):
             return torch.full_like(self.table[:, 0], math.inf if self.kv_usage == 0 else -math.inf)
-        if not self.training and not self._warned and self.steps == 0:
-            self._warned = True
-            warnings.warn("the KV threshold has seen no training step: its usage is not what was asked", stacklevel=2)
+        if not (self.training or self._checked or torch.compiler.is_compiling()):
+            self._checked = True  # once: reading the counter makes a GPU wait
+            if self.steps == 0:
+                message = "the KV threshold has seen no training step: its usage is not what was asked"
+                warnings.warn(message, stacklevel=2)
         return self.between()
 
     def between(self) -> Tensor:
@@ -99,7 +101,7 @@ class Threshold(nn.Module):
         all layers of a step have the same. Activation checkpointing runs layers again in the backward pass, where tau
         must be what it was in the forward pass, so those calls are not counted.
         """
-        if torch._C._current_graph_task_id() != -1:
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return
         if layer in self._pending:
             self.close_step()
@@ -182,7 +184,7 @@ class Fixed(Threshold):
     def __init__(self, num_heads: int, *, tau: float = 0.5, **options) -> None:
         super().__init__(num_heads, **options)
         self.fixed = tau
-        self._warned = True  # it needs no training
+        self._checked = True  # it needs no training
 
     def between(self) -> Tensor:
         return torch.full_like(self.table[:, 0], self.fixed)

@@ -1,7 +1,6 @@
 """What a router is: a function from what the memory made of a token to a score per head."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -39,14 +38,14 @@ class RouterInputs:
     output_weight: Tensor
     cu_seqlens: Tensor | None = None
 
-    @cached_property
+    @property
     def gram(self) -> Tensor:
         """G_h = W_o^hT W_o^h (H, V, V): u^T G_h u is the squared norm of what u does to the layer's output."""
         weight = self.output_weight.to(self.write.dtype)
         with torch.autocast(weight.device.type, enabled=False):
             return torch.einsum("dhv,dhw->hvw", weight, weight)
 
-    @cached_property
+    @property
     def output_norm(self) -> Tensor:
         """||W_o^h u|| (B, T, H): the size of a write in the space that all heads and layers share."""
         with torch.autocast(self.write.device.type, enabled=False):
