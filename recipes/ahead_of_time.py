@@ -39,7 +39,10 @@ def compile_all(capabilities: list[int], folder: Path | None) -> list[dict[str, 
 
 
 def compile_for(capability: int, K: int) -> list[dict[str, Any]]:
-    """What every launch of the two operations compiles to, forward and backward."""
+    """What every launch of the operations compiles to, forward and backward. Decoding is bound by memory and uses no
+    matrix instructions."""
+    from kernels import decode
+    from kernels.decode import fused
     from kernels.delta_rule import chunkwise
     from kernels.routed_attention import ranked
 
@@ -66,4 +69,13 @@ def compile_for(capability: int, K: int) -> list[dict[str, Any]]:
             ).float().sum().backward()
         name = "routed_attention" + (" (window)" if window else "")
         rows += [{"operation": name, "K": K} | asdict(kernel) for kernel in found]
+    with torch.no_grad(), compile_only(capability) as found:
+        cache = decode.PagedCache.empty(B * H, K, K, pages=4, slots=2, dtype=torch.bfloat16)
+        token = [x[:, 0] for x in (q, k, v, g, beta)]
+        tau, gram = torch.zeros(H), torch.zeros(H, K, K)
+        for score in decode.SCORES:
+            options = dict(scale=1.0, delta=True, cache=cache, tau=tau, score=score, gram=gram)
+            fused.step(*token, state.detach(), **options)
+        fused.attend(token[0].transpose(0, 1), cache, scale=1.0)
+    rows += [{"operation": "decode", "K": K} | asdict(kernel) for kernel in found]
     return rows

@@ -10,12 +10,16 @@ from typing import Any
 
 import torch
 
-from kernels import delta_rule, routed_attention
+from kernels import decode, delta_rule, routed_attention
 from kernels.dispatch import automatic, unavailable
 from mixers.registry import SpecError
 from recipes.results import PACKAGES, device_name, markdown_table, stamp, write_json
 
-OPERATIONS = {"delta_rule": delta_rule.BACKENDS, "routed_attention": routed_attention.BACKENDS}
+OPERATIONS = {
+    "delta_rule": delta_rule.BACKENDS,
+    "routed_attention": routed_attention.BACKENDS,
+    "decode": decode.BACKENDS,
+}
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest error that is let pass, relative to the largest value of the tensor; bfloat16 has 8 bits of precision."""
 
@@ -102,11 +106,15 @@ def known_problems(device: str) -> Iterator[str]:
         )
 
 
-def _checks(device: str, lengths: list[int], interpret: bool) -> Iterator[dict[str, Any]]:
+def _checks(
+    device: str, lengths: list[int], interpret: bool, head_dims: tuple[int, ...] = (32, 128)
+) -> Iterator[dict[str, Any]]:
+    """A row for every available backend, dtype, length and head size."""
     half = [torch.bfloat16, torch.float16] if device == "cuda" else []
     for operation, make, function in (
         ("delta_rule", _delta_inputs, _delta_rule),
         ("routed_attention", _routed_inputs, _routed),
+        ("decode", _delta_inputs, _decode),
     ):
         for backend in OPERATIONS[operation]:
             if backend == "naive" or unavailable(backend, device):
@@ -114,7 +122,7 @@ def _checks(device: str, lengths: list[int], interpret: bool) -> Iterator[dict[s
             slow = backend == "triton" and interpret
             for dtype in [torch.float32, *half]:
                 for T in lengths[:2] if slow else lengths:
-                    for K in [16] if slow else [32, 128]:
+                    for K in (16,) if slow else head_dims:
                         options = dict(operation=operation, backend=backend, dtype=str(dtype).split(".")[1], T=T, K=K)
                         yield options | _check(backend, make(T, K, device, dtype), function, dtype)
 
@@ -139,6 +147,8 @@ def _run(function: Callable, inputs: Tensors, backend: str, only: Tensors | None
     leaves = {name: x.clone().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
     outputs = function(backend=backend, **leaves)
     outputs = {name: x for name, x in outputs.items() if only is None or name in only}
+    if not any(x.requires_grad for x in outputs.values()):
+        return outputs
     draw = torch.Generator().manual_seed(1)
     loss = 0
     for x in outputs.values():
@@ -177,6 +187,23 @@ def _routed_inputs(T: int, K: int, device: str, dtype: torch.dtype) -> Tensors:
 
 def _routed(*, backend: str, **inputs: torch.Tensor) -> Tensors:
     return {"o": routed_attention.routed_attention(**inputs, backend=backend)}
+
+
+@torch.no_grad()
+def _decode(*, backend: str, **inputs: torch.Tensor) -> Tensors:
+    """The first tokens one by one; whether a token is stored does not depend on how scores are rounded."""
+    q, k, v, g, beta = (x[:, :70].detach() for x in inputs.values())
+    N, T, H, V = v.shape
+    exact = torch.float64 if v.dtype == torch.float64 else torch.float32
+    state = torch.zeros(N, H, k.shape[-1], V, dtype=exact, device=v.device)
+    cache = decode.PagedCache.empty(N * H, k.shape[-1], V, pages=N * H * 2, slots=2, dtype=v.dtype, device=v.device)
+    tau = torch.tensor([-torch.inf, torch.inf], device=v.device)
+    for t in range(T):
+        token = [x[:, t] for x in (q, k, v, g, beta)]
+        options = dict(cache=cache, tau=tau, score="cosine", backend=backend)
+        read, scores, _ = decode.step(*token, state, **options)
+    o = decode.attend(q[:, -1].flatten(0, 1)[:, None], cache, backend=backend)
+    return {"read": read, "scores": scores, "state": state, "attended": o}
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -99,13 +99,13 @@ def _gathered(q, k, v, stored, bias, scale, _window):
     bias = None if bias is None else bias.flatten(0, 1)
     counts, order = stored.sum(1).sort(descending=True)
     outputs = []
-    for rows in order.split(_like_sizes(counts.tolist())):
+    for rows in order.split(like_sizes(counts.tolist())):
         some_bias = None if bias is None else bias[rows]
         outputs.append(_one_group(q[rows], k[rows], v[rows], stored[rows], some_bias, scale))
     return torch.cat(outputs)[torch.argsort(order)].unflatten(0, shape)
 
 
-def _like_sizes(counts: list[int]) -> list[int]:
+def like_sizes(counts: list[int]) -> list[int]:
     """Lengths of the runs of like counts in a descending list."""
     sizes, first = [], None
     for count in counts:

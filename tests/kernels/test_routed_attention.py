@@ -278,5 +278,5 @@ def test_an_unknown_backend_is_refused():
 
 
 def test_rows_are_grouped_by_like_size():
-    assert gathered._like_sizes([1000, 900, 810, 500, 12, 0, 0]) == [3, 1, 3]
-    assert gathered._like_sizes([5]) == [1]
+    assert gathered.like_sizes([1000, 900, 810, 500, 12, 0, 0]) == [3, 1, 3]
+    assert gathered.like_sizes([5]) == [1]

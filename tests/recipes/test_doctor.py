@@ -51,6 +51,15 @@ def test_a_wrong_backend_is_found(run, monkeypatch, wrong):
         assert "RuntimeError: no kernel image" in failed[0]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 1000, 4096])
+def test_every_backend_on_the_gpu(T):
+    """In float32, bfloat16 and float16, at the head sizes that models have."""
+    rows = list(module._checks("cuda", [T], False, head_dims=(16, 64, 128, 256)))
+    assert {row["backend"] for row in rows} >= {"torch", "triton"}
+    assert [row for row in rows if not row["ok"]] == []
+
+
 @pytest.mark.slow
 def test_kernels_compile_for_hopper_without_spills(tmp_path):
     """Ahead of time, in a process of its own, as kernels here are interpreted."""
@@ -62,12 +71,12 @@ def test_kernels_compile_for_hopper_without_spills(tmp_path):
     assert {kernel["K"] for kernel in kernels} == {64, 128}
     assert {kernel["name"] for kernel in kernels} >= {
         *("prepare", "scan", "read", "prepare_back", "scan_back", "gradients_v", "gradients_k"),
-        *("forward", "backward_q", "backward_kv"),
+        *("forward", "backward_q", "backward_kv", "step_kernel", "attend_kernel"),
     }
     for kernel in kernels:
         assert kernel["spilled"] == 0, kernel
         assert kernel["shared"] <= SHARED_MEMORY[90] * 1024, kernel
-        assert kernel["matrix"], kernel
+        assert kernel["matrix"] or kernel["operation"] == "decode", kernel
     assert "| wgmma" in (tmp_path / "aot.md").read_text()
 
 
