@@ -1,5 +1,6 @@
 """What HAM keeps of a text, drawn from a checkpoint."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from mixers.base import Routing
 from mixers.registry import SpecError
 from mixers.threshold import set_kv_usage
+from recipes.results import stamp, write_json
 
 COLUMNS = 88
 STORED = "#d1495b"
@@ -26,7 +28,7 @@ def figures(
         text: file to read; default: a module of the standard library, of which the test split may hold no part.
         tokens: bytes of it to show.
         kv_usages: usages to draw the growth of the cache at; the shading is at the model's own.
-        out: PNG to write.
+        out: PNG to write; the figures go into a JSON file of the same name.
     """
     from lit_modules.language_model import LanguageModel
 
@@ -48,6 +50,10 @@ def figures(
     stored = torch.cat([r.stored[0].float() for r in own], -1)  # (T, heads of all layers)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     _draw(content, stored, growth, Path(out))
+    figures = {"kv_usage": float(stored.mean()), "kept_per_token": stored.mean(-1).tolist()}
+    figures["kept_at_the_end"] = {str(usage): float(kept[-1]) for usage, kept in growth.items()}
+    hparams = json.loads(json.dumps(dict(model.hparams), default=str))
+    write_json(Path(out).with_suffix(".json"), stamp() | {"text": path.name, "model": hparams} | figures)
     print(f"{path.name}: {stored.mean():.1%} of all keys and values kept; written to {out}")
 
 

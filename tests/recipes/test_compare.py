@@ -87,6 +87,13 @@ def test_gains_are_paired_by_seed_and_usage():
     assert "elsewhere" not in text and "surprise" in text
 
 
+def test_gains_are_over_the_better_of_two_static_controls():
+    rows = [row("ours", s, a, router="residual", kv_usage=0.1) for s, a in enumerate((0.9, 0.9))]
+    rows += [row("last", s, 0.2, router="static", kv_usage=0.1) for s in range(2)]
+    rows += [row("first", s, a, router={"name": "static"}, kv_usage=0.1) for s, a in enumerate((0.8, 0.95))]
+    assert "+0.025 (1 of 2)" in paired(rows)
+
+
 def test_the_table_shows_mean_and_range():
     runs = [
         row("a", s, v) | {"parameters": 1234, "state_bytes": 1, "kv_bytes": 2, "tokens": 3, "seconds": 4.0}
