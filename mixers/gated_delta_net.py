@@ -68,7 +68,7 @@ class GatedDeltaNet(Mixer):
 
     def mix(self, x: Tensor, state: MixerState | None, cu_seqlens: Tensor | None) -> MixerOutput:
         recurrent, conv = (None, None) if state is None else (state.recurrent, state.conv)
-        m = self.memory(x, recurrent, conv, cu_seqlens)
+        m = self.memory(x, recurrent, conv, cu_seqlens, predict="none")
         hidden = self.out(self.norm(m.read).flatten(2) * F.silu(self.gate(x)))
         if state is not None:
             state = MixerState(state.length + new_tokens(x, cu_seqlens), m.recurrent, m.conv)

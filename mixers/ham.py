@@ -94,7 +94,7 @@ class HAM(GatedDeltaNet):
 
     def mix(self, x: Tensor, state: MixerState | None, cu_seqlens: Tensor | None) -> MixerOutput:
         recurrent, conv = (None, None) if state is None else (state.recurrent, state.conv)
-        m = self.memory(x, recurrent, conv, cu_seqlens)
+        m = self.memory(x, recurrent, conv, cu_seqlens, predict=self.router.predict)
         q = m.q * self.log_scale.exp().to(m.q.dtype)[:, None]
 
         inputs = self._router_inputs(x, q, m, state, cu_seqlens)
@@ -127,11 +127,14 @@ class HAM(GatedDeltaNet):
         elif state is not None:
             positions = positions + state.length.repeat_interleave(cu_seqlens.long().diff())
         # scores choose tokens, and a choice has no gradient: what they are made of is detached
-        q, k, v, prediction, write, g, beta = (
-            part.detach() for part in (q, m.k, m.v, m.prediction, m.write, m.g, m.beta)
-        )
+        q, k, v, prediction, g, beta = (part.detach() for part in (q, m.k, m.v, m.prediction, m.g, m.beta))
         weight = self.out.weight.detach().unflatten(1, (self.num_heads, -1))
-        return RouterInputs(x, q, k, v, prediction, write, g, beta, positions, self.layer_index, weight, cu_seqlens)
+        statistics = None
+        if self.router.predict == "statistics":
+            prediction, statistics = None, prediction
+        return RouterInputs(
+            x, q, k, v, prediction, g, beta, positions, self.layer_index, weight, cu_seqlens, statistics
+        )
 
     def _attend(self, q, k, v, stored, state, cu_seqlens) -> tuple[Tensor, KVCache | None]:
         window = self.router.window(self.kv_usage)

@@ -41,7 +41,7 @@ class MemoryRead:
     g: Tensor
     beta: Tensor
     read: Tensor
-    prediction: Tensor
+    prediction: Tensor | None
     recurrent: Tensor
     conv: Tensor
 
@@ -116,9 +116,15 @@ class Memory(nn.Module):
         return recurrent, torch.zeros(batch_size, self.conv.taps - 1, sum(self.widths), device=device, dtype=dtype)
 
     def forward(
-        self, x: Tensor, recurrent: Tensor | None, conv: Tensor | None, cu_seqlens: Tensor | None
+        self,
+        x: Tensor,
+        recurrent: Tensor | None,
+        conv: Tensor | None,
+        cu_seqlens: Tensor | None,
+        predict: str = "values",
     ) -> MemoryRead:
-        """x (B, T, D) -> all that is known of its tokens. q and k are repeated where value heads are grouped."""
+        """x (B, T, D) -> all that is known of its tokens. q and k are repeated where value heads are grouped; `predict`
+        says what of the predictions, see `kernels.delta_rule`."""
         qkv, conv = self.conv(self.qkv(x), conv, cu_seqlens)
         q, k, v = (part.unflatten(-1, (-1, dim)) for part, dim in zip(
             qkv.split(self.widths, -1), (self.head_dim, self.head_dim, self.value_dim), strict=True))  # fmt: skip
@@ -133,7 +139,7 @@ class Memory(nn.Module):
             g = torch.zeros_like(beta)
         read, prediction, recurrent = gated_delta_rule(
             q, k, v, g, beta, scale=1.0, initial_state=recurrent, cu_seqlens=cu_seqlens,
-            backend=self.backend, delta=self.delta,
+            backend=self.backend, delta=self.delta, predict=predict,
         )  # fmt: skip
         return MemoryRead(q, k, v, g, beta, read, prediction, recurrent, conv)
 

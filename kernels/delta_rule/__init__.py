@@ -19,6 +19,8 @@ BACKENDS = {
     "fla": "kernels.delta_rule.flash_linear_attention:gated_delta_rule",
 }
 
+PREDICT = ("values", "statistics", "none")
+
 
 def gated_delta_rule(
     q: Tensor,
@@ -31,6 +33,7 @@ def gated_delta_rule(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
     delta: bool = True,
+    predict: str = "values",
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Run the recurrence over every sequence.
 
@@ -44,14 +47,19 @@ def gated_delta_rule(
         cu_seqlens: (N + 1,) bounds of the sequences packed in the one row (B = 1).
         backend: `naive`, `torch`, `triton`, `fla` or `auto`.
         delta: False writes beta v, not beta (v - p): the additive rule of linear attention.
+        predict: what of the predictions is wanted: `values`; `statistics`, the two sums p.v and p.p that a cosine
+            needs, without a gradient; or `none`. On a GPU what is not wanted is not written to memory.
 
     Returns:
-        o (B, T, HV, V) in the dtype of v; prediction (B, T, HV, V) and final_state (N, HV, K, V) in float32, or in
-        float64 where v is. The prediction is None from `fla`, which does not give it.
+        o (B, T, HV, V) in the dtype of v; prediction (B, T, HV, V), or statistics (B, T, HV, 2), or None; and
+        final_state (N, HV, K, V), both in float32, or in float64 where v is.
 
     Raises:
-        ValueError: shapes that do not fit; a backend that does not exist or is not available.
+        ValueError: shapes that do not fit; a backend that does not exist or is not available, or (`fla`) does not give
+            the predictions that are wanted.
     """
+    if predict not in PREDICT:
+        raise ValueError(f"predict must be one of {', '.join(PREDICT)}, got {predict!r}")
     backend, run = choose("delta_rule", backend, BACKENDS, v.device)
     _check(q, k, v, g, beta)
     B, T, HV, V = v.shape
@@ -72,11 +80,14 @@ def gated_delta_rule(
             f"initial_state must be {(N, HV, K, V)} (sequences, HV, K, V), got {tuple(initial_state.shape)}"
         )
     if T == 0:
-        return v, v.to(exact), initial_state.to(exact)
+        return v, _wanted(v.to(exact), v, predict), initial_state.to(exact)
+    if backend == "fla" and predict != "none":
+        raise ValueError("backend 'fla' of delta_rule does not give the predictions; pass predict='none'")
     if backend in ("naive", "torch"):  # the others' products take bfloat16 and float16 as they are
         q, k, v = (x.to(exact) for x in (q, k, v))
     if backend == "torch" and T == 1 and cu_seqlens is None:  # decoding: the definition is the fast form
         run = naive.gated_delta_rule
+    options = dict(predict=predict) if backend == "triton" else {}
     with torch.autocast(v.device.type, enabled=False):
         o, prediction, state = run(
             *(q, k, v, g.to(exact), beta.to(exact)),
@@ -84,8 +95,18 @@ def gated_delta_rule(
             initial_state=initial_state.to(exact),
             cu_seqlens=cu_seqlens,
             delta=delta,
+            **options,
         )
+    if not options and backend != "fla":
+        prediction = _wanted(prediction, v, predict)
     return o.to(dtype), prediction, state
+
+
+def _wanted(prediction: Tensor, v: Tensor, predict: str) -> Tensor | None:
+    if predict == "statistics":
+        p = prediction.detach()
+        return torch.stack([(p * v.detach()).sum(-1), (p * p).sum(-1)], -1)
+    return prediction if predict == "values" else None
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> None:

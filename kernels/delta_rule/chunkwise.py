@@ -11,6 +11,8 @@ from kernels.delta_rule import chunkwise_backward as backward_kernels
 from kernels.delta_rule import chunkwise_forward as forward_kernels
 from kernels.dispatch import interpreted
 
+PREDICT = {"none": 0, "values": 1, "statistics": 2}
+
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -25,7 +27,8 @@ def gated_delta_rule(
     initial_state: Tensor,
     cu_seqlens: Tensor | None,
     delta: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    predict: str = "values",
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Shapes as in `kernels.delta_rule.gated_delta_rule`, q and k with as many heads as v; K and V up to 256; float16,
     bfloat16, float32 or float64, which q, k and v share. g, beta and the state are float32 at least."""
     B, T = v.shape[:2]
@@ -34,8 +37,11 @@ def gated_delta_rule(
     if cu_seqlens is None:
         cu_seqlens = torch.arange(0, (B + 1) * T, T, device=v.device, dtype=torch.int32)
     flat = (x.flatten(0, 1).contiguous() for x in (q.to(v.dtype), k.to(v.dtype), v, g, beta))
-    o, p, state, *_ = _forward(*flat, initial_state.contiguous(), cu_seqlens.int(), scale, delta)
-    return o.unflatten(0, (B, T)), p.unflatten(0, (B, T)), state
+    o, p, state, *_ = _forward(*flat, initial_state.contiguous(), cu_seqlens.int(), scale, delta, PREDICT[predict])
+    o = o.unflatten(0, (B, T))
+    if predict != "values":
+        p = p.detach()
+    return o, None if predict == "none" else p.unflatten(0, (B, T)), state
 
 
 def chunk_size(K: int, V: int) -> int:
@@ -87,11 +93,11 @@ def _blocks(options: dict) -> int:
 @torch.library.custom_op("lightning_mixers::gated_delta_rule", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial: Tensor, cu_seqlens: Tensor,
-    scale: float, delta: bool,
+    scale: float, delta: bool, predict: int,
 ) -> Tensors:  # fmt: skip
     """q, k (T, H, K), v (T, H, V) -> o, p, final state, and for the backward pass X, U and the chunks' first states."""
     T, H, K = q.shape
-    o, p, final, x, u, starts = _empty(q, v, initial, cu_seqlens)
+    o, p, final, x, u, starts = _empty(q, v, initial, cu_seqlens, predict)
     options = constants(v, K)
     chunks, offsets = chunk_tables(cu_seqlens, T, options["C"])
     w = torch.empty_like(q) if delta else q
@@ -101,21 +107,25 @@ def _forward(
     run.scan[_blocks(options), len(initial), H](
         k, g, w, u, chunks, offsets, initial, starts, final, H, **options, DELTA=delta
     )
-    run.read[_blocks(options), len(chunks), H](q, k, g, u, starts, chunks, o, p, scale, H, **options)
+    blocks = _blocks(options)
+    parts = p.new_empty(blocks, *p.shape) if predict == PREDICT["statistics"] else p
+    run.read[blocks, len(chunks), H](q, k, v, g, u, starts, chunks, o, parts, scale, T, H, **options, PREDICT=predict)
+    if predict == PREDICT["statistics"]:
+        p = parts.sum(0)
     return o, p, final, x, u, starts
 
 
 @_forward.register_fake
-def _(q, k, v, g, beta, initial, cu_seqlens, scale, delta):
-    return _empty(q, v, initial, cu_seqlens)
+def _(q, k, v, g, beta, initial, cu_seqlens, scale, delta, predict):
+    return _empty(q, v, initial, cu_seqlens, predict)
 
 
-def _empty(q: Tensor, v: Tensor, initial: Tensor, cu_seqlens: Tensor) -> Tensors:
+def _empty(q: Tensor, v: Tensor, initial: Tensor, cu_seqlens: Tensor, predict: int) -> Tensors:
     (T, H, K), V = q.shape, v.shape[-1]
     C = chunk_size(K, V)
     most = T // C + cu_seqlens.shape[0] - 1
     o, u = torch.empty_like(v), torch.empty_like(v)
-    p = torch.empty_like(v, dtype=initial.dtype)
+    p = initial.new_empty({0: (0,), 1: v.shape, 2: (T, H, 2)}[predict])
     return o, p, torch.empty_like(initial), v.new_empty(most, H, C, C), u, v.new_empty(most, H, K, V)
 
 
@@ -123,7 +133,7 @@ def _empty(q: Tensor, v: Tensor, initial: Tensor, cu_seqlens: Tensor) -> Tensors
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor,
     p: Tensor, x: Tensor, u: Tensor, starts: Tensor,
-    do: Tensor, dp: Tensor | None, d_final: Tensor, scale: float, delta: bool,
+    do: Tensor, dp: Tensor | None, d_final: Tensor, scale: float, delta: bool, given: bool,
 ) -> Tensors:  # fmt: skip
     """Gradients of q, k, v, g, beta and the initial state."""
     (T, H, K), V = q.shape, v.shape[-1]
@@ -145,8 +155,9 @@ def _backward(
         q, k, g, beta, do, dp, xe, w, chunks, offsets, d_final, d_next, d_initial, scale, H, **options, num_warps=many
     )
     run.gradients_v[len(chunks), H](
-        q, k, v, g, beta, p, u, w, do, dp, chunks, dv, d_beta, ha, hq, scale, H, **options, num_warps=few
-    )
+        q, k, v, g, beta, p, u, w, starts, do, dp, chunks, dv, d_beta, ha, hq, scale, H,
+        **options, GIVEN=given, num_warps=few,
+    )  # fmt: skip
     run.gradients_k[parts, len(chunks), H](
         q, k, g, beta, u, w, starts, do, dp, d_next, chunks, ha, hq, dq, dk, dg, scale, T, H,
         **options | dict(BK=part), num_warps=few,
@@ -156,12 +167,13 @@ def _backward(
 
 
 @_backward.register_fake
-def _(q, k, v, g, beta, cu_seqlens, p, x, u, starts, do, dp, d_final, scale, delta):
+def _(q, k, v, g, beta, cu_seqlens, p, x, u, starts, do, dp, d_final, scale, delta, given):
     return tuple(torch.empty_like(t) for t in (q, k, v, g, beta, d_final))
 
 
 def _save(ctx, inputs, output):
-    q, k, v, g, beta, initial, cu_seqlens, ctx.scale, ctx.delta = inputs
+    q, k, v, g, beta, initial, cu_seqlens, ctx.scale, ctx.delta, predict = inputs
+    ctx.given = predict == PREDICT["values"]
     _, p, final, x, u, starts = output
     ctx.save_for_backward(q, k, v, g, beta, cu_seqlens, p, x, u, starts)
     ctx.state_shape, ctx.state_dtype = final.shape, final.dtype
@@ -172,10 +184,10 @@ def _differentiate(ctx, do, dp, d_final, *_):
     saved = ctx.saved_tensors
     v = saved[2]
     do = torch.zeros_like(v) if do is None else do.contiguous()
-    dp = None if dp is None else dp.contiguous()
+    dp = dp.contiguous() if ctx.given and dp is not None else None
     if d_final is None:
         d_final = v.new_zeros(ctx.state_shape, dtype=ctx.state_dtype)
-    return *_backward(*saved, do, dp, d_final.contiguous(), ctx.scale, ctx.delta), None, None, None
+    return *_backward(*saved, do, dp, d_final.contiguous(), ctx.scale, ctx.delta, ctx.given), *[None] * 4
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -8,7 +8,7 @@ chunk: of q, k and g). The last two are apart since their sums together do not f
 import triton
 import triton.language as tl
 
-from kernels.delta_rule.chunkwise_forward import decays, put_rows, rows_of, scalars_of, sums
+from kernels.delta_rule.chunkwise_forward import decays, put_rows, rows_of, scalars_of, strict, sums
 
 
 @triton.jit
@@ -43,8 +43,7 @@ def prepare_back(
         queries, keys = rows_of(q, t, live, h, H, K, d), rows_of(k, t, live, h, H, K, d)
         Qm = (tl.dot(queries, tl.trans(keys), input_precision=PRECISION).to(ACC) * D * scale).to(dtype)
         if HAS_DP:
-            A = tl.dot(keys, tl.trans(keys), input_precision=PRECISION).to(ACC) * D
-            A = tl.where(i[:, None] > i[None, :], A, 0.0).to(dtype)
+            A = strict(tl.dot(keys, tl.trans(keys), input_precision=PRECISION).to(ACC) * D, C).to(dtype)
         ek = (keys * e[:, None]).to(dtype)
         if DELTA:
             at = x + (c.to(tl.int64) * H + h) * C * C + i[:, None] * C + i[None, :]
@@ -101,11 +100,12 @@ def scan_back(
 
 @triton.jit
 def gradients_v(
-    q, k, v, g, beta, p, u, w, do, dp, chunks, dv, d_beta, ha, hq, scale, H,
+    q, k, v, g, beta, p, u, w, starts, do, dp, chunks, dv, d_beta, ha, hq, scale, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, DELTA: tl.constexpr, HAS_DP: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, DELTA: tl.constexpr, HAS_DP: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks, H): dV, d_beta; H = Z U^T * D of the readers k and q -> ha, hq (chunks, H, C, C)."""
+    """Grid (chunks, H): dV, d_beta; H = Z U^T * D of the readers k and q -> ha, hq (chunks, H, C, C). Predictions that
+    are not GIVEN are computed again."""
     c, h = tl.program_id(0), tl.program_id(1)
     start, stop = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
     if start < stop:
@@ -115,13 +115,23 @@ def gradients_v(
         strength = scalars_of(beta, t, live, h, H).to(ACC)
         HA, HQ = tl.zeros((C, C), ACC), tl.zeros((C, C), ACC)
         d_strength = tl.zeros((C,), ACC)
+        if DELTA and not GIVEN:
+            d = tl.arange(0, BK)
+            keys = rows_of(k, t, live, h, H, K, d)
+            D, f, _, _ = decays(sums(g, t, live, h, H), C, ACC)
+            A = strict(tl.dot(keys, tl.trans(keys), input_precision=PRECISION).to(ACC) * D, C).to(dtype)
         for first in range(0, V, BV):
             j = first + tl.arange(0, BV)
             U, W = rows_of(u, t, live, h, H, V, j), rows_of(w, t, live, h, H, V, j)
             values = rows_of(v, t, live, h, H, V, j).to(ACC)
             put_rows(dv, W * strength[:, None], t, live, h, H, V, j)
-            if DELTA:
+            if DELTA and GIVEN:
                 values -= rows_of(p, t, live, h, H, V, j)
+            elif DELTA:
+                at = (c.to(tl.int64) * H + h) * K * V + d[:, None] * V + j[None, :]
+                S = tl.load(starts + at, mask=(d < K)[:, None] & (j < V)[None, :], other=0.0)
+                values -= tl.dot(keys, S, input_precision=PRECISION) * f[:, None]
+                values -= tl.dot(A, U, input_precision=PRECISION)
             d_strength += tl.sum(W * values, 1)
             HQ += tl.dot(rows_of(do, t, live, h, H, V, j), tl.trans(U), input_precision=PRECISION)
             if DELTA or HAS_DP:
@@ -129,7 +139,7 @@ def gradients_v(
                 HA += tl.dot(Z.to(dtype), tl.trans(U), input_precision=PRECISION)
         D, _, _, _ = decays(sums(g, t, live, h, H), C, ACC)
         at = (c.to(tl.int64) * H + h) * C * C + i[:, None] * C + i[None, :]
-        tl.store(ha + at, tl.where(i[:, None] > i[None, :], HA * D, 0.0).to(dtype))
+        tl.store(ha + at, strict(HA * D, C).to(dtype))
         tl.store(hq + at, (HQ * D * scale).to(dtype))
         at = d_beta + t.to(tl.int64) * H + h
         tl.store(at, d_strength.to(d_beta.dtype.element_ty), mask=live)

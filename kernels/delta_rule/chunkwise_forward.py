@@ -73,6 +73,13 @@ def decays(b, C: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def strict(A, C: tl.constexpr):
+    """A (C, C) below the diagonal, zeros elsewhere."""
+    i = tl.arange(0, C)
+    return tl.where(i[:, None] > i[None, :], A, 0.0)
+
+
+@triton.jit
 def sums(g, t, live, h, H):
     """b (C,) float64, the running sum of the log-decays; it stays level past the chunk's end."""
     return tl.cumsum(scalars_of(g, t, live, h, H).to(tl.float64), 0)
@@ -142,11 +149,13 @@ def scan(
 
 @triton.jit
 def read(
-    q, k, g, u, starts, chunks, o, p, scale, H,
+    q, k, v, g, u, starts, chunks, o, p, scale, T, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, PREDICT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (V / BV, chunks, H): O = scale (f Q S + Qm U) -> o, P = f K S + A U -> p, both (T, H, V)."""
+    """Grid (V / BV, chunks, H): O = scale (f Q S + Qm U) -> o (T, H, V); of the predictions P = f K S + A U, with
+    PREDICT 1 all -> p (T, H, V), with 2 what a block of V adds to P.V and P.P -> p (V / BV, T, H, 2), with 0 nothing.
+    """
     c, h = tl.program_id(1), tl.program_id(2)
     start, stop = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
     if start < stop:
@@ -163,8 +172,14 @@ def read(
         out = tl.dot(queries, S, input_precision=PRECISION) * f[:, None]
         out += tl.dot(Qm.to(U.dtype), U, input_precision=PRECISION)
         put_rows(o, out * scale, t, live, h, H, V, e)
-        A = tl.dot(keys, tl.trans(keys), input_precision=PRECISION).to(ACC) * D
-        A = tl.where(i[:, None] > i[None, :], A, 0.0)
-        P = tl.dot(keys, S, input_precision=PRECISION) * f[:, None]
-        P += tl.dot(A.to(U.dtype), U, input_precision=PRECISION)
-        put_rows(p, P, t, live, h, H, V, e)
+        if PREDICT > 0:
+            A = strict(tl.dot(keys, tl.trans(keys), input_precision=PRECISION).to(ACC) * D, C)
+            P = tl.dot(keys, S, input_precision=PRECISION) * f[:, None]
+            P += tl.dot(A.to(U.dtype), U, input_precision=PRECISION)
+            if PREDICT == 1:
+                put_rows(p, P, t, live, h, H, V, e)
+            else:
+                at = p + ((tl.program_id(0).to(tl.int64) * T + t) * H + h) * 2
+                values = rows_of(v, t, live, h, H, V, e).to(ACC)
+                tl.store(at, tl.sum(P * values, 1), mask=live)
+                tl.store(at + 1, tl.sum(P * P, 1), mask=live)

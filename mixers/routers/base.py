@@ -15,41 +15,48 @@ class RouterInputs:
         q: (B, T, H, K) queries as attention uses them: normalised, times the learned scale.
         k: (B, T, H, K) normalised keys.
         v: (B, T, H, V) values.
-        prediction: (B, T, H, V) float32, the value that the state answers for the key before the token is written.
-        write: (B, T, H, V) float32, `beta (v - prediction)`: what the token adds to the state.
+        prediction: (B, T, H, V) float32, the value that the state answers for the key before the token is written; None
+            for a router with `predict = "statistics"`.
         g: (B, T, H) float32 log-decay, <= 0.
         beta: (B, T, H) float32 write strength in [0, 1].
         positions: (B, T) int64 place of the token in its sequence.
         layer: index of the mixer in its model.
         output_weight: (D, H, V), the output projection.
         cu_seqlens: (N + 1,) bounds of packed sequences, or None.
+        statistics: (B, T, H, 2) float32, p.v and p.p, for a router that asked for no more.
     """
 
     x: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
-    prediction: Tensor
-    write: Tensor
+    prediction: Tensor | None
     g: Tensor
     beta: Tensor
     positions: Tensor
     layer: int
     output_weight: Tensor
     cu_seqlens: Tensor | None = None
+    statistics: Tensor | None = None
+
+    @property
+    def write(self) -> Tensor:
+        """u = beta (v - prediction) (B, T, H, V) float32: what the token adds to the state."""
+        return self.beta[..., None] * (self.v - self.prediction)
 
     @property
     def gram(self) -> Tensor:
         """G_h = W_o^hT W_o^h (H, V, V): u^T G_h u is the squared norm of what u does to the layer's output."""
-        weight = self.output_weight.to(self.write.dtype)
+        weight = self.output_weight.to(self.beta.dtype)
         with torch.autocast(weight.device.type, enabled=False):
             return torch.einsum("dhv,dhw->hvw", weight, weight)
 
     @property
     def output_norm(self) -> Tensor:
         """||W_o^h u|| (B, T, H): the size of a write in the space that all heads and layers share."""
-        with torch.autocast(self.write.device.type, enabled=False):
-            squared = (torch.einsum("bthv,hvw->bthw", self.write, self.gram) * self.write).sum(-1)
+        u = self.write
+        with torch.autocast(u.device.type, enabled=False):
+            squared = (torch.einsum("bthv,hvw->bthw", u, self.gram) * u).sum(-1)
         return squared.clamp(min=0).sqrt()
 
 
@@ -61,6 +68,8 @@ class Router(nn.Module):
         num_heads: heads H to score.
     """
 
+    predict = "values"
+    """`statistics`: p.v and p.p are enough, which saves a GPU the writing of every prediction."""
     trained_by_gate = False
     """True: in training a stored value passes a straight-through gate on its score, which so sees the task's loss."""
 

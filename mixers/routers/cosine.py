@@ -4,7 +4,6 @@ e_t = 1 - cos(p_t, v_t)         in [0, 2]; 1 at an empty state
 """
 
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from mixers.routers.base import Router, RouterInputs
 
@@ -12,5 +11,9 @@ from mixers.routers.base import Router, RouterInputs
 class Cosine(Router):
     """Cosine distance of prediction and value."""
 
+    predict = "statistics"
+
     def forward(self, inputs: RouterInputs) -> Tensor:
-        return 1 - cosine_similarity(inputs.prediction, inputs.v.to(inputs.prediction.dtype), dim=-1)
+        pv, pp = inputs.statistics.unbind(-1)
+        v_norm = inputs.v.to(pv.dtype).norm(dim=-1)
+        return 1 - pv / (pp.sqrt().clamp(min=1e-8) * v_norm.clamp(min=1e-8))

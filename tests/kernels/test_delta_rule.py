@@ -232,7 +232,7 @@ def test_the_operator_is_sound(small_chunks):
     q, k, v, g, beta, state = (x.detach().float().requires_grad_() for x in make(T=20, H=1, K=4, V=4).values())
     flat = (x[0] for x in (q, k, v, g, beta))
     bounds = torch.tensor([0, 20], dtype=torch.int32)
-    torch.library.opcheck(torch.ops.lightning_mixers.gated_delta_rule, (*flat, state, bounds, 0.5, True))
+    torch.library.opcheck(torch.ops.lightning_mixers.gated_delta_rule, (*flat, state, bounds, 0.5, True, 1))
 
 
 @pytest.mark.parametrize("delta", [True, False])
@@ -294,6 +294,30 @@ class TestInterface:
         for name in plain if backend in FAST else OUTPUTS:  # backward() of torch's own operations follows autocast
             assert torch.equal(plain[name], cast[name]), name
 
+    @pytest.mark.parametrize("delta", [True, False])
+    @pytest.mark.parametrize("cu_seqlens", [None, [0, 30, 70]], ids=str)
+    def test_less_of_the_prediction_changes_nothing_else(self, backend, delta, cu_seqlens):
+        """Statistics are those of the values; outputs and gradients do not depend on what is asked for."""
+        inputs = make(T=70, H=2, K=5, V=70, N=2 if cu_seqlens else 1)
+        bounds = None if cu_seqlens is None else torch.tensor(cu_seqlens)
+        options = dict(cu_seqlens=bounds, backend=backend, delta=delta)
+
+        def results(predict):
+            o, p, state = gated_delta_rule(**inputs, **options, predict=predict)
+            draw = torch.Generator().manual_seed(1)
+            loss = sum((x * torch.randn(x.shape, generator=draw, dtype=x.dtype)).sum() for x in (o, state))
+            return p, [o, state, *torch.autograd.grad(loss, list(inputs.values()))]
+
+        p, golden = results("values")
+        statistics, with_statistics = results("statistics")
+        nothing, with_nothing = results("none")
+        assert nothing is None and not statistics.requires_grad
+        sums = torch.stack([(p * inputs["v"]).sum(-1), p.square().sum(-1)], -1)
+        assert_close(statistics, sums.detach(), rtol=0, atol=1e-10 * (1 + sums.abs().max().item()))
+        for one, two, other in zip(with_statistics, with_nothing, golden, strict=True):
+            assert_close(one, other, rtol=0, atol=1e-10)
+            assert torch.equal(one, two)
+
     def test_no_tokens_leave_the_state_as_it_was(self, backend):
         inputs = make(B=2, T=0)
         o, prediction, state = gated_delta_rule(**inputs, backend=backend)
@@ -323,6 +347,11 @@ class TestInterface:
     def test_packing_takes_one_row(self, backend):
         with pytest.raises(ValueError, match="cu_seqlens needs a batch of one packed row, got 2 rows"):
             gated_delta_rule(**make(B=2), cu_seqlens=torch.tensor([0, 8, 16]), backend=backend)
+
+
+def test_what_fla_does_not_give_is_refused():
+    with pytest.raises(ValueError, match="predict must be one of values, statistics, none, got 'all'"):
+        gated_delta_rule(**make(), predict="all")
 
 
 def test_an_unknown_backend_is_refused():
