@@ -53,33 +53,48 @@ def visible(t, j, r, low, high, start, window, near: tl.constexpr):
 
 
 @triton.jit
+def queries_of(low, high, starts, T, H, G, BM: tl.constexpr):
+    """What a program's block of queries is: batch, head, key head, row, block, tokens, and what each may see."""
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
+    b, hq = tl.program_id(1) // (H * G), tl.program_id(1) % (H * G)
+    h = hq // G
+    row = b * H + h
+    t = block * BM + tl.arange(0, BM)
+    live = t < T
+    lo = tl.load(low + row.to(tl.int64) * T + t, mask=live, other=2147483647)
+    hi = tl.load(high + row.to(tl.int64) * T + t, mask=live, other=0)
+    start = tl.load(starts + b.to(tl.int64) * T + t, mask=live, other=2147483647)
+    return b, hq, h, row, block, t, live, lo, hi, start
+
+
+@triton.jit
+def range_of(near: tl.constexpr, block, lo, hi, start, T, window, BM: tl.constexpr, BN: tl.constexpr):
+    """First and last (excluded) rank, or position if `near`, of the keys that a block of queries may see."""
+    if near:
+        first = tl.maximum(tl.maximum(block * BM - window + 1, tl.min(start, 0)), 0)
+        last = tl.minimum((block + 1) * BM, T)
+    else:
+        first = tl.min(lo, 0)
+        last = tl.max(hi, 0)
+    return first // BN * BN, last
+
+
+@triton.jit
 def forward(
     q, k, v, bias, index, low, high, starts, o, lse, scale, T, H, G, window,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     HAS_BIAS: tl.constexpr, NEAR: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (T / BM, B * H * G): outputs -> o (B T, H G, V), log of the softmax's sum -> lse (B H G, T)."""
-    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
+    b, hq, h, row, block, t, live, lo, hi, start = queries_of(low, high, starts, T, H, G, BM)
     heads = H * G
-    b, hq = tl.program_id(1) // heads, tl.program_id(1) % heads
-    h = hq // G
-    row = b * H + h
-    m, d, e = tl.arange(0, BM), tl.arange(0, BK), tl.arange(0, BV)
-    t = block * BM + m
-    live = t < T
-    lo = tl.load(low + row.to(tl.int64) * T + t, mask=live, other=2147483647)
-    hi = tl.load(high + row.to(tl.int64) * T + t, mask=live, other=0)
-    start = tl.load(starts + b.to(tl.int64) * T + t, mask=live, other=2147483647)
+    d, e = tl.arange(0, BK), tl.arange(0, BV)
     queries = tile(q, b.to(tl.int64) * T + t, live, hq, heads, K, d)
     acc = tl.zeros((BM, BV), ACC)
     top = tl.full((BM,), float("-inf"), ACC)
     total = tl.zeros((BM,), ACC)
     for near in tl.static_range(2 if NEAR else 1):
-        if near == 0:
-            first, last = tl.min(lo, 0) // BN * BN, tl.max(hi, 0)
-        else:
-            first = tl.maximum(tl.maximum(block * BM - window + 1, tl.min(start, 0)), 0) // BN * BN
-            last = tl.minimum((block + 1) * BM, T)
+        first, last = range_of(near == 1, block, lo, hi, start, T, window, BM, BN)
         for step in range(0, tl.cdiv(tl.maximum(last - first, 0), BN)):
             r, j, there = keys_at(step, last, index, row, T, first, near == 1, BN)
             keys = tile(k, b.to(tl.int64) * T + j, there, h, H, K, d)
@@ -107,17 +122,9 @@ def backward_q(
     HAS_BIAS: tl.constexpr, NEAR: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid as `forward`: dq. `delta` (B H G, T) is the sum of o * do."""
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    b, hq, h, row, block, t, live, lo, hi, start = queries_of(low, high, starts, T, H, G, BM)
     heads = H * G
-    b, hq = tl.program_id(1) // heads, tl.program_id(1) % heads
-    h = hq // G
-    row = b * H + h
-    m, d, e = tl.arange(0, BM), tl.arange(0, BK), tl.arange(0, BV)
-    t = block * BM + m
-    live = t < T
-    lo = tl.load(low + row.to(tl.int64) * T + t, mask=live, other=2147483647)
-    hi = tl.load(high + row.to(tl.int64) * T + t, mask=live, other=0)
-    start = tl.load(starts + b.to(tl.int64) * T + t, mask=live, other=2147483647)
+    d, e = tl.arange(0, BK), tl.arange(0, BV)
     queries = tile(q, b.to(tl.int64) * T + t, live, hq, heads, K, d)
     d_out = tile(do, b.to(tl.int64) * T + t, live, hq, heads, V, e)
     at = tl.program_id(1).to(tl.int64) * T + t
@@ -125,11 +132,7 @@ def backward_q(
     dot = tl.load(delta + at, mask=live, other=0.0)
     acc = tl.zeros((BM, BK), ACC)
     for near in tl.static_range(2 if NEAR else 1):
-        if near == 0:
-            first, last = tl.min(lo, 0) // BN * BN, tl.max(hi, 0)
-        else:
-            first = tl.maximum(tl.maximum(block * BM - window + 1, tl.min(start, 0)), 0) // BN * BN
-            last = tl.minimum((block + 1) * BM, T)
+        first, last = range_of(near == 1, block, lo, hi, start, T, window, BM, BN)
         for step in range(0, tl.cdiv(tl.maximum(last - first, 0), BN)):
             r, j, there = keys_at(step, last, index, row, T, first, near == 1, BN)
             keys = tile(k, b.to(tl.int64) * T + j, there, h, H, K, d)
