@@ -63,7 +63,10 @@ def contestants(case: Case, kv_usages: list[float], skews: list[str]) -> Iterato
         for usage in kv_usages:
             for skew in skews:
                 for backend in _backends(routed_attention.BACKENDS, case.device):
-                    name = f"ours ({backend}) {usage:g}" + (f" {skew}" if skew != "even" else "")
+                    if backend.startswith("flex") and case.device == "cpu" and case.phase == "train":
+                        continue  # FlexAttention has no backward pass on a CPU
+                    owner = {"flex": "flex (mask)", "flex_ranked": "flex (ranked)"}.get(backend, f"ours ({backend})")
+                    name = f"{owner} {usage:g}" + (f" {skew}" if skew != "even" else "")
                     yield name, lambda case, b=backend, u=usage, s=skew: _routed(case, b, u, s)
     else:
         yield "attention", lambda case: _mixers(case, "attention")

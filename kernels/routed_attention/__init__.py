@@ -15,6 +15,8 @@ BACKENDS = {
     "naive": "kernels.routed_attention.naive:routed_attention",
     "torch": "kernels.routed_attention.gathered:routed_attention",
     "triton": "kernels.routed_attention.ranked:routed_attention",
+    "flex": "kernels.routed_attention.flex:routed_attention",
+    "flex_ranked": "kernels.routed_attention.flex:ranked",
 }
 
 
@@ -39,7 +41,7 @@ def routed_attention(
         scale: factor of q.k; None is K ** -0.5.
         cu_seqlens: (N + 1,) bounds of the sequences packed in the one row (B = 1).
         window: the last `window` tokens, the query's own included, are seen whether they are stored or not.
-        backend: `naive`, `torch` or `auto`.
+        backend: `naive`, `torch`, `triton`, `flex`, `flex_ranked` (rivals to measure against) or `auto`.
 
     Returns:
         (B, T, H, V) in the dtype of v.

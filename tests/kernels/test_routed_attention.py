@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
-from kernels.routed_attention import gathered, ranked, routed_attention
+from kernels.routed_attention import flex, gathered, ranked, routed_attention
 
 USAGES = [0.0, 0.05, 0.5, 1.0]
 PATHS = ["gathered", "masked"]
@@ -178,6 +178,46 @@ class TestTriton:
                 assert (starts[0, t], ends[0, t]) == (first, last)
                 seen = index[row, low[row, t] : high[row, t]].tolist()
                 assert seen == [int(j) for j in positions if first <= j <= t - window]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+class TestFlex:
+    """The rivals, forward: on a CPU FlexAttention has no backward pass."""
+
+    @pytest.mark.parametrize("backend", ["flex", "flex_ranked"])
+    @pytest.mark.parametrize("bounds", [None, [0, 7, 7, 140, 150]], ids=str)
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("window", [0, 5])
+    def test_it_is_the_definition(self, backend, bounds, bias, window):
+        inputs = make(T=150, H=3, K=16, V=16, groups=2, usages=(1.0, 0.0, 0.3), bias=bias)
+        inputs = {name: x if x is None else x.detach() for name, x in inputs.items()}
+        options = {"window": window, "cu_seqlens": None if bounds is None else torch.tensor(bounds)}
+        if backend == "flex_ranked" and window:
+            with pytest.raises(ValueError, match="has no window"):
+                routed_attention(**inputs, **options, backend=backend)
+            return
+        with torch.no_grad():
+            golden = routed_attention(**inputs, **options, backend="naive")
+            assert_close(routed_attention(**inputs, **options, backend=backend), golden, rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("T", [1, 128, 300])
+    def test_blocks_cover_all_that_is_seen(self, T):
+        """On a GPU what is in no block is not visited; here only the mask counts, so the blocks are looked at."""
+        stored = torch.rand(2, T, 2) < torch.tensor([0.9, 0.1])
+        masks = []
+        with pytest.MonkeyPatch.context() as patch:
+            plain = flex._blocks
+            patch.setattr(flex, "_blocks", lambda *args: masks.append(plain(*args)) or masks[-1])
+            x = torch.randn(2, T, 2, 16)
+            for backend in ("flex", "flex_ranked"):
+                routed_attention(x, x, x, stored, backend=backend)
+        over_all, over_ranks = ((mask.to_dense() > 0) for mask in masks)
+        blocks = -(-T // flex.BLOCK)
+        assert torch.equal(over_all[0, 0], torch.ones(blocks, blocks, dtype=torch.bool).tril())
+        high = ranked.plan(stored, None, 0).high.view(2, 2, T)
+        for b, h, block in [(b, h, n) for b in range(2) for h in range(2) for n in range(blocks)]:
+            most = int(high[b, h, : (block + 1) * flex.BLOCK][-1])
+            assert over_ranks[b, h, block].sum() == -(-most // flex.BLOCK)
 
 
 def test_single_precision(path):
