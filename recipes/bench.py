@@ -10,7 +10,7 @@ import torch
 
 from mixers.registry import SpecError, unknown
 from recipes.bench_contestants import GROUPS, PHASES, Case, contestants
-from recipes.bench_measure import Failed, Runner, measure, prepare
+from recipes.bench_measure import Failed, Runner, machine_peaks, measure, prepare
 
 LEAST_ROUNDS = 3
 
@@ -76,8 +76,9 @@ def bench(
     }
     cases = list(_cases(settings))
     torch.set_num_threads(threads)
+    peaks = {dtype: machine_peaks(device, dtype, threads) for dtype in settings["dtypes"]}
     rows = _run_all(cases, settings)
-    report(rows, settings, Path(out))
+    report(rows, settings, peaks, Path(out))
 
 
 def _cases(settings: dict[str, Any]):

@@ -14,8 +14,12 @@ from kernels import delta_rule, routed_attention
 from kernels.dispatch import unavailable
 from mixers.base import kv_cache_bytes, state_bytes
 from mixers.registry import build_mixer, parse_pattern
+from mixers.routers.base import RouterInputs
+from mixers.routers.residual import Residual
 from mixers.threshold import share_threshold
+from recipes import cost_model
 from recipes.bench_measure import Runner
+from recipes.cost_model import Cost
 
 PHASES = ("forward", "train", "prefill", "decode")
 GROUPS = {
@@ -41,6 +45,11 @@ class Case:
     device: str
     seed: int
 
+    @property
+    def size(self) -> int:
+        """Bytes of a number."""
+        return getattr(torch, self.dtype).itemsize
+
     def randn(self, *shape: int) -> Tensor:
         """Normal draws on the device that take a gradient in training."""
         x = torch.randn(*shape, device=self.device).to(getattr(torch, self.dtype))
@@ -55,16 +64,16 @@ def contestants(case: Case, kv_usages: list[float], skews: list[str]) -> Iterato
     if case.group == "delta_rule":
         yield "sdpa", _sdpa
         for backend in _backends(delta_rule.BACKENDS, case.device):
-            name = backend if backend == "fla" else f"ours ({backend})"
-            yield name, lambda case, b=backend: _delta_rule(case, b)
+            for predict in ("none",) if backend == "fla" else ("none", "values"):
+                name = backend if backend == "fla" else f"ours ({backend})"
+                name += " and prediction" if predict == "values" else ""
+                yield name, lambda case, b=backend, p=predict: _delta_rule(case, b, p)
         yield "transformers (chunked)", _transformers
     elif case.group == "routed_attention":
         yield "sdpa", _sdpa
         for usage in kv_usages:
             for skew in skews:
                 for backend in _backends(routed_attention.BACKENDS, case.device):
-                    if backend.startswith("flex") and case.device == "cpu" and case.phase == "train":
-                        continue  # FlexAttention has no backward pass on a CPU
                     owner = {"flex": "flex (mask)", "flex_ranked": "flex (ranked)"}.get(backend, f"ours ({backend})")
                     name = f"{owner} {usage:g}" + (f" {skew}" if skew != "even" else "")
                     yield name, lambda case, b=backend, u=usage, s=skew: _routed(case, b, u, s)
@@ -81,10 +90,11 @@ def contestants(case: Case, kv_usages: list[float], skews: list[str]) -> Iterato
 
 
 def _backends(table, device: str) -> list[str]:
-    """The fast ones that can run on the device; on CUDA all of them, so that one that cannot is a row that says why.
-    An interpreted kernel's time says nothing."""
-    fast = [name for name in table if name != "naive"]
-    return [name for name in fast if device == "cuda" or (name != "triton" and not unavailable(name, device))]
+    """The fast ones that the device is for; on CUDA all of them, so that one that cannot run is a row that says why.
+    On a CPU, the time of interpreted Triton or of FlexAttention, which runs uncompiled there, says nothing."""
+    if device == "cuda":
+        return [name for name in table if name != "naive"]
+    return [name for name in table if name.startswith("torch") and not unavailable(name, device)]
 
 
 def _steps(case: Case, function: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], object]:
@@ -95,10 +105,27 @@ def _steps(case: Case, function: Callable[[], Tensor], leaves: list[Tensor]) -> 
     return torch.no_grad()(function)
 
 
-def _sdpa(case: Case):
+def _facts(case: Case, *work: Cost) -> dict[str, float]:
+    total = sum(work, Cost(0, 0))
+    return {"flops": total.flops, "moved_bytes": total.bytes}
+
+
+def _attention_cost(case: Case, kv_usage: float = 1.0) -> Cost:
+    sizes = case.batch, case.length, case.heads, case.head_dim, case.head_dim
+    return cost_model.attention(*sizes, kv_usage=kv_usage, train=case.phase == "train", size=case.size)
+
+
+def _delta_cost(case: Case, predict: str) -> Cost:
+    sizes = case.batch, case.length, case.heads, case.head_dim, case.head_dim
+    chunk = 16 if case.device == "cpu" else cost_model.CHUNK
+    return cost_model.delta_rule(*sizes, predict=predict, train=case.phase == "train", size=case.size, chunk=chunk)
+
+
+def _sdpa(case: Case) -> Runner:
     """Causal softmax attention over all keys; FlashAttention where torch has it."""
     q, k, v = (case.randn(case.batch, case.heads, case.length, case.head_dim) for _ in range(3))
-    return _steps(case, lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), [q, k, v])
+    step = _steps(case, lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), [q, k, v])
+    return Runner(step, _facts(case, _attention_cost(case)))
 
 
 def _delta_inputs(case: Case) -> list[Tensor]:
@@ -112,18 +139,23 @@ def _delta_inputs(case: Case) -> list[Tensor]:
     return [q, k, v, *(x.requires_grad_(v.requires_grad) for x in (g, beta))]
 
 
-def _delta_rule(case: Case, backend: str):
+def _delta_rule(case: Case, backend: str, predict: str) -> Runner:
     q, k, v, g, beta = inputs = _delta_inputs(case)
-    return _steps(case, lambda: delta_rule.gated_delta_rule(q, k, v, g, beta, backend=backend)[0], inputs)
+
+    def rule() -> Tensor:
+        return delta_rule.gated_delta_rule(q, k, v, g, beta, backend=backend, predict=predict)[0]
+
+    return Runner(_steps(case, rule, inputs), _facts(case, _delta_cost(case, predict)))
 
 
-def _transformers(case: Case):
+def _transformers(case: Case) -> Runner:
     """What transformers runs for Gated DeltaNet where no kernel library is installed."""
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule as rule
 
     rule = getattr(rule, "__wrapped__", rule)  # with fla installed, the plain function is underneath
     q, k, v, g, beta = inputs = _delta_inputs(case)
-    return _steps(case, lambda: rule(q, k, v, g=g, beta=beta)[0], inputs)
+    step = _steps(case, lambda: rule(q, k, v, g=g, beta=beta)[0], inputs)
+    return Runner(step, _facts(case, _delta_cost(case, "none")))
 
 
 def stored_tokens(case: Case, usage: float, skew: str) -> Tensor:
@@ -142,7 +174,8 @@ def _routed(case: Case, backend: str, usage: float, skew: str) -> Runner:
     def attend() -> Tensor:
         return routed_attention.routed_attention(q, k, v, stored, backend=backend)
 
-    return Runner(_steps(case, attend, [q, k, v]), {"kv_usage": float(stored.float().mean())})
+    usage = float(stored.float().mean())
+    return Runner(_steps(case, attend, [q, k, v]), {"kv_usage": usage} | _facts(case, _attention_cost(case, usage)))
 
 
 class _Stack(nn.Module):
@@ -161,11 +194,46 @@ class _Stack(nn.Module):
         return x, new
 
 
+class OneHead(Residual):
+    """The score of `residual`, its cost included, and a choice that fills one head after the other."""
+
+    def forward(self, inputs: RouterInputs) -> Tensor:
+        score = super().forward(inputs)
+        return torch.arange(self.num_heads, device=score.device) + score / (1 + score)
+
+
+ROUTER = {
+    "even": {"router": "residual", "scope": "head"},
+    "one_head": {"router": f"{__name__}:OneHead", "scope": "layer"},
+}
+
+
+def _stack_cost(case: Case, stack: _Stack, usage: float | None) -> dict[str, float]:
+    """Of the matrices and the two memories; element-wise work is not counted."""
+    size = case.batch, case.heads, case.head_dim, case.head_dim
+    decode, work = case.phase == "decode", []
+    for mixer in stack.mixers:
+        ham, recurrent = hasattr(mixer, "router"), hasattr(mixer, "memory")
+        matrices = sum(p.numel() for p in mixer.parameters() if p.ndim == 2)
+        tokens = case.batch * (1 if decode else case.length)
+        work.append(cost_model.linear(tokens, matrices, train=case.phase == "train", size=case.size))
+        if recurrent:
+            predict = "values" if ham else "none"
+            work.append(cost_model.decode_step(*size, size=case.size) if decode else _delta_cost(case, predict))
+        if ham or not recurrent:
+            share = usage if ham else 1.0
+            sizes = case.batch, case.length, *size[1:]
+            options = {"kv_usage": share, "size": case.size}
+            read = cost_model.decode_attention(*sizes, **options) if decode else _attention_cost(case, share)
+            work.append(read)
+    return _facts(case, *work)
+
+
 def _mixers(case: Case, pattern: str, usage: float | None = None, skew: str = "even") -> Runner:
-    """A stack of mixers; a HAM stores random tokens, or whole heads, so that its usage is the one asked for."""
+    """A stack of mixers; the usage of a HAM is held in each head, or in each layer by as few heads as can hold it."""
     options = {"num_heads": case.heads, "head_dim": case.head_dim}
     if usage is not None:
-        options |= {"kv_usage": usage, "scope": "layer", "router": "random" if skew == "even" else "static"}
+        options |= {"kv_usage": usage} | ROUTER[skew]
     dim = case.heads * case.head_dim
     specs = [spec | options for spec in parse_pattern(pattern)]
     stack = _Stack(specs, dim).to(case.device).train()
@@ -187,7 +255,7 @@ def _mixers(case: Case, pattern: str, usage: float | None = None, skew: str = "e
 
     with torch.no_grad():
         after = run(x, empty())[1] if case.phase in ("prefill", "decode") else None
-    facts = {"parameters": sum(p.numel() for p in stack.parameters())}
+    facts = {"parameters": sum(p.numel() for p in stack.parameters())} | _stack_cost(case, stack, usage)
     if after is not None:
         facts |= {"kv_bytes": kv_cache_bytes(after), "state_bytes": state_bytes(after)}
     if case.phase == "train":

@@ -124,3 +124,18 @@ def _no_native_stderr() -> Iterator[None]:
         os.dup2(saved, 2)
         os.close(saved)
         os.close(sink)
+
+
+def machine_peaks(device: str, dtype: str, threads: int) -> dict[str, float]:
+    """What the device reaches in this run: TFLOP/s of a large matrix product in `dtype`, TB/s of a copy in memory."""
+    cuda = device == "cuda"
+    n, numbers = (8192, 2**30) if cuda else (1536, 2**25)
+    a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    x = torch.ones(numbers, dtype=torch.float32, device=device)
+    y = torch.empty_like(x)
+    product, copy = lambda: a @ b, lambda: y.copy_(x)
+    best = []
+    for step in (product, copy):
+        step()
+        best.append(min(_time(step, 3, threads) for _ in range(5)))
+    return {"tflops": 2 * n**3 / best[0] / 1e12, "terabytes": 8 * numbers / best[1] / 1e12}

@@ -5,19 +5,22 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from recipes.cost_model import Cost, Machine
 from recipes.results import markdown_table, stamp, write_json
 
 Row = dict[str, Any]
 SHARED = ("group", "phase", "dtype", "batch", "length", "heads", "head_dim", "device")
 
 
-def report(rows: list[Row], settings: dict[str, Any], folder: Path) -> None:
-    """Writes results.json, table.md and a plot a group into the folder, and prints the table."""
+def report(rows: list[Row], settings: dict[str, Any], peaks: dict[str, dict[str, float]], folder: Path) -> None:
+    """Writes results.json, table.md and a plot a group into the folder, and prints the table. `peaks`: what the machine
+    reaches in a plain product and a plain copy, for each dtype."""
     summarise(rows)
+    add_roofline(rows, peaks)
     text = "\n\n".join(_table(case, some) for case, some in _by_case(rows).items())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(text + "\n")
-    write_json(folder / "results.json", stamp() | {"settings": settings, "rows": rows})
+    write_json(folder / "results.json", stamp() | {"settings": settings, "peaks": peaks, "rows": rows})
     for group in dict.fromkeys(row["group"] for row in rows):
         draw([row for row in rows if row["group"] == group], folder / f"{group}.png")
     print(f"\n{text}\n\nwritten to {folder}/")
@@ -39,6 +42,17 @@ def summarise(rows: list[Row]) -> None:
             row["ratio_p20"], row["ratio_p80"] = _p20_p80(ratios)
 
 
+def add_roofline(rows: list[Row], peaks: dict[str, dict[str, float]]) -> None:
+    """Adds achieved flops_per_second and bytes_per_second, of the work that `recipes.cost_model` says must be done, and
+    `roofline`, the share of the measured time that this machine would need at its own peaks."""
+    for row in rows:
+        if "median" in row and "flops" in row:
+            row["flops_per_second"] = row["flops"] / row["median"]
+            row["bytes_per_second"] = row["moved_bytes"] / row["median"]
+            work = Cost(row["flops"], row["moved_bytes"])
+            row["roofline"] = work.floor(Machine(**peaks[row["dtype"]])) / row["median"]
+
+
 def _p20_p80(samples: list[float]) -> tuple[float, float]:
     if len(samples) == 1:
         return samples[0], samples[0]
@@ -58,7 +72,17 @@ def _table(case: tuple, rows: list[Row]) -> str:
     sizes = f"B {c['batch']}, T {c['length']}, H {c['heads']}, K = V {c['head_dim']}"
     title = f"**{c['group']}, {c['phase']}**, {sizes}, {c['dtype']}, {c['device']}"
     reference = next((row["reference"] for row in rows if "reference" in row), "-")
-    header = ["contestant", "ms [p20, p80]", f"x {reference}", "[p20, p80]", "tokens/s", "peak MiB"]
+    header = [
+        "contestant",
+        "ms [p20, p80]",
+        f"x {reference}",
+        "[p20, p80]",
+        "tokens/s",
+        "GFLOP/s",
+        "GB/s",
+        "of roofline",
+        "peak MiB",
+    ]
     held = any("kv_bytes" in row for row in rows)
     header += ["KV MiB", "state MiB"] if held else []
     return f"{title}\n\n" + markdown_table(header, [_line(row, held) for row in rows])
@@ -66,17 +90,22 @@ def _table(case: tuple, rows: list[Row]) -> str:
 
 def _line(row: Row, held: bool) -> list[str]:
     if "median" not in row:
-        return [row["contestant"], row.get("error", "no sample"), *["-"] * (6 if held else 4)]
+        return [row["contestant"], row.get("error", "no sample"), *["-"] * (9 if held else 7)]
 
     def mebibytes(key: str) -> str:
         return f"{row[key] / 2**20:.2f}" if key in row else "-"
 
+    achieved = ["-"] * 3
+    if "roofline" in row:
+        rates = row["flops_per_second"] / 1e9, row["bytes_per_second"] / 1e9
+        achieved = [*(f"{rate:,.1f}" for rate in rates), f"{row['roofline']:.0%}"]
     return [
         row["contestant"],
         f"{1e3 * row['median']:.2f} [{1e3 * row['p20']:.2f}, {1e3 * row['p80']:.2f}]",
         f"{row['ratio']:.2f}",
         f"[{row['ratio_p20']:.2f}, {row['ratio_p80']:.2f}]",
         f"{row['tokens_per_second']:,.0f}",
+        *achieved,
         mebibytes("peak_bytes"),
         *([mebibytes("kv_bytes"), mebibytes("state_bytes")] if held else []),
     ]
@@ -128,6 +157,9 @@ def _panel(axes, rows: list[Row], key: str, unit: float, colour: dict[str, str])
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(lengths)
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
+    axes.tick_params(which="both", labelsize=8)
     axes.set_xlabel("T", fontsize=9)
     axes.grid(alpha=0.3)

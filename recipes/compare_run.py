@@ -14,6 +14,7 @@ from lit_modules.base import SequenceModule, with_options
 from lit_modules.data import DATA, MODELS
 from mixers.base import kv_cache_bytes, state_bytes
 from mixers.registry import SpecError, unknown
+from recipes.results import commit
 
 METRIC = {"mqar": "accuracy", "classification": "accuracy", "text": "bits_per_byte"}
 MODEL_DEFAULTS = {
@@ -77,6 +78,7 @@ def train(run: dict[str, Any]) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         **remembered(model, batch),
         "backends": dict(CHOSEN),
+        "commit": commit(),
     }
 
 

@@ -8,16 +8,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from kernels.dispatch import CHOSEN
-
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "triton", "lightning", "jsonargparse", "flash-linear-attention", "transformers", "torchmetrics")
 
 
 def stamp() -> dict[str, Any]:
     """Versions, device, commit, and the backend that each operation took in this process."""
+    import torch
+
+    from kernels.dispatch import CHOSEN
+
     return {
         "schema_version": SCHEMA_VERSION,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -25,14 +25,21 @@ def stamp() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "device": device_name(),
         "threads": torch.get_num_threads(),
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": commit(),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "backends": dict(CHOSEN),
     }
 
 
+def commit() -> str | None:
+    """Of the code that runs; None outside a repository."""
+    return _git("rev-parse", "HEAD")
+
+
 def device_name() -> str:
     """The accelerator if there is one, else the processor's model."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")

@@ -91,3 +91,13 @@ class Router(nn.Module):
     def window(self, kv_usage: float) -> int:
         """How many of the last tokens are seen whether they are stored or not."""
         return 0
+
+
+def draws(seed: int, layer: int, num_heads: int, positions: Tensor) -> Tensor:
+    """Uniform draws in [0, 1), (B, T, H) float32: a mixing hash (the finaliser of SplitMix64) of what names the place,
+    so that a draw does not depend on how a sequence is split into calls."""
+    head = torch.arange(num_heads, device=positions.device)
+    z = (positions[..., None] * 1_000_003 + head) * 1_000_003 + layer * 7_919 + seed * 104_729 + 1
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return ((z >> 33) & 0xFFFFFF).float() / 2**24

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mixers.registry import SpecError, unknown
-from mixers.routers.base import Router, RouterInputs
+from mixers.routers.base import Router, RouterInputs, draws
 
 
 class Random(Router):
@@ -22,7 +22,7 @@ class Random(Router):
         self.seed = seed
 
     def forward(self, inputs: RouterInputs) -> Tensor:
-        return _draw(self.seed, inputs.layer, self.num_heads, inputs.positions)
+        return draws(self.seed, inputs.layer, self.num_heads, inputs.positions)
 
 
 class Static(Random):
@@ -81,12 +81,3 @@ class Nothing(Router):
 
     def forward(self, inputs: RouterInputs) -> Tensor:
         return torch.full(inputs.g.shape, -torch.inf, device=inputs.x.device)
-
-
-def _draw(seed: int, layer: int, num_heads: int, positions: Tensor) -> Tensor:
-    """Uniform draws (B, T, H) float32: a mixing hash (the finaliser of SplitMix64) of what names the place."""
-    head = torch.arange(num_heads, device=positions.device)
-    z = (positions[..., None] * 1_000_003 + head) * 1_000_003 + layer * 7_919 + seed * 104_729 + 1
-    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
-        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return ((z >> 33) & 0xFFFFFF).float() / 2**24

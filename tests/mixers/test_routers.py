@@ -1,5 +1,7 @@
 """Routers against values worked out by other means, and what they may and may not learn from."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -100,11 +102,18 @@ class TestResidual:
 
 class TestLearned:
     def test_the_x_form_sees_the_token_alone(self, inputs):
-        router = ROUTERS.build("learned", D, H).double()
+        router = ROUTERS.build({"name": "learned", "dither": 0}, D, H).double()
         first, _, last = router.mlp
         hidden = inputs.x.numpy() @ first.weight.detach().numpy().T + first.bias.detach().numpy()
         hidden = hidden / (1 + np.exp(-hidden)) @ last.weight.detach().numpy().T + last.bias.detach().numpy()
         assert_close(router(inputs), torch.from_numpy(1 / (1 + np.exp(-hidden))).float(), rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("usage", [0.0625, 0.25])
+    def test_a_share_of_equal_tokens_can_be_stored(self, inputs, usage):
+        equal = dataclasses.replace(inputs, x=inputs.x.new_ones(2, 500, D), positions=torch.arange(500).expand(2, 500))
+        scores = ROUTERS.build("learned", D, H).double()(equal)
+        tau = torch.quantile(scores.flatten(0, 1), 1 - usage, dim=0)
+        assert (scores > tau).float().mean((0, 1)).tolist() == pytest.approx([usage] * H, abs=0.01)
 
     def test_the_error_form_sees_the_error(self, inputs):
         router = ROUTERS.build({"name": "learned", "form": "error", "hidden": 3}, D, H).double()

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from recipes import bench as module
 from recipes.bench_contestants import Case, contestants, stored_tokens
 from recipes.bench_measure import peak_bytes, prepare
-from recipes.bench_report import summarise
+from recipes.bench_report import add_roofline, summarise
 
 SMALL = "--batch 2 --heads 2 --head_dim 8 --rounds 3 --minutes 0.5"
 
@@ -139,6 +139,25 @@ def test_ratios_are_paired_by_round():
     assert rows[1]["median"] == 4 and rows[1]["tokens_per_second"] == 3 / 4
     assert "ratio" not in rows[2]
     assert rows[3]["ratio"] == 1
+
+
+def test_the_roofline_is_the_share_of_the_time_that_the_machine_needs():
+    rows = [dict(median=4.0, flops=8e12, moved_bytes=1e12, dtype="float32"), dict(error="none", dtype="float32")]
+    add_roofline(rows, {"float32": {"tflops": 4.0, "terabytes": 2.0}})
+    assert rows[0]["roofline"] == 0.5
+    assert (rows[0]["flops_per_second"], rows[0]["bytes_per_second"]) == (2e12, 0.25e12)
+    assert "roofline" not in rows[1]
+
+
+@pytest.mark.parametrize("usage", [0.25, 0.5])
+def test_a_ham_in_one_head_holds_the_bytes_of_an_even_one(usage):
+    one = case("mixers", "prefill", length=64)
+    held = {}
+    for name, build in contestants(one, [usage], ["even", "one_head"]):
+        if name.startswith("ham"):
+            held[name] = prepare(build, one).facts["kv_bytes"]
+    full = prepare(dict(contestants(one, [], []))["attention"], one).facts["kv_bytes"]
+    assert list(held.values()) == pytest.approx([usage * full] * 2, rel=0.15)
 
 
 def test_peak_memory_is_the_most_that_is_held_at_once():

@@ -1,0 +1,196 @@
+"""What each kernel must compute and move, and the least time that takes on a named GPU. Imports no torch.
+
+Operations count a multiply and an add as two. Bytes are inputs read once and outputs written once: what nothing can do
+without. A kernel that recomputes or spills is slower than its floor, and the gap says by how much.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+
+CHUNK = 64  # tokens of a chunk of the delta rule
+STATE_BYTES = 4  # of a number of the recurrent state, of g and of beta: float32
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Peak rates: TFLOP/s of dense 16-bit matrix products, and TB/s of its memory."""
+
+    tflops: float
+    terabytes: float
+
+
+MACHINES = {
+    "a100": Machine(312, 2.04),
+    "h100": Machine(989, 3.35),
+    "h200": Machine(989, 4.8),
+    "b200": Machine(2250, 8.0),
+}
+"""As the vendor states them, without sparsity."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations and bytes of a piece of work.
+
+    Attributes:
+        flops: floating-point operations of matrix products.
+        bytes: to and from the device's memory.
+    """
+
+    flops: float
+    bytes: float
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+    def __mul__(self, times: float) -> "Cost":
+        return Cost(self.flops * times, self.bytes * times)
+
+    def floor(self, machine: Machine) -> float:
+        """Least seconds: the slower of computing and moving, as if each hid behind the other."""
+        return max(self.flops / (machine.tflops * 1e12), self.bytes / (machine.terabytes * 1e12))
+
+    def bound(self, machine: Machine) -> str:
+        """`compute` or `memory`: which of the two sets the floor."""
+        return "compute" if self.flops / machine.tflops >= self.bytes / machine.terabytes else "memory"
+
+
+def pairs(T: int, kv_usage: float = 1.0, window: int = 0) -> float:
+    """Query-key pairs of a head: stored tokens at or before a query, spread evenly, and those of a window."""
+    near = min(window, T)
+    band = near * (near + 1) / 2 + (T - near) * near
+    return band + kv_usage * (T * (T + 1) / 2 - band)
+
+
+def attention(
+    B: int, T: int, H: int, K: int, V: int, *, kv_usage: float = 1.0, window: int = 0, train=False, size: int = 2
+) -> Cost:
+    """Softmax attention over stored tokens; at usage 1 over all. `size` is of a number in bytes.
+
+    Forward: q.k and the sum of values. Backward: both again, and the gradients of the probabilities, q, k and v, where
+    FlashAttention (arXiv 2307.08691) counts five products for the backward pass: q.k, dP, dV, dQ, dK.
+    """
+    n = B * H * pairs(T, kv_usage, window)
+    seen = min(1.0, kv_usage + window / T) if T else 0.0
+    rows = B * H * T * size
+    forward = Cost(2 * n * (K + V), rows * (K + V + seen * (K + V)))
+    if not train:
+        return forward
+    # reads q, o, do and the stored k and v; writes dq and, for the stored alone, dk and dv
+    return forward + Cost(2 * n * (3 * K + 2 * V), rows * (2 * K + 2 * V + 2 * seen * (K + V)))
+
+
+def delta_rule(
+    B: int, T: int, H: int, K: int, V: int, *, predict: str = "none", train=False, size: int = 2, chunk: int = CHUNK
+) -> Cost:
+    """The chunkwise gated delta rule (arXiv 2412.06464); `predict` as in `kernels.delta_rule`.
+
+    Per chunk and head: three products with the state (what it predicts, what is read, what is written), k.k, q.k, the
+    triangular solve, and q.k times the writes. Backward: twice that, and the forward pass once more.
+    """
+    C = min(chunk, T)
+    flops = 2 * (3 * K * V + 2 * C * K + 2 * C * V)
+    prediction = {"none": 0, "values": V * STATE_BYTES, "statistics": 2 * STATE_BYTES}[predict]
+    read = (2 * K + V) * size + 2 * STATE_BYTES
+    states = 2 * K * V * STATE_BYTES / max(T, 1)
+    forward = Cost(flops, read + V * size + prediction + states)
+    total = forward
+    if train:  # reads the inputs and do again, and what the forward pass kept of a state a chunk; writes all gradients
+        kept = 2 * K * V * STATE_BYTES / C
+        total = forward + Cost(3 * flops, 2 * read + V * size + states + kept)
+    return total * (B * T * H)
+
+
+def linear(tokens: int, parameters: int, *, train=False, size: int = 2) -> Cost:
+    """Matrices applied to tokens; their inputs and outputs are counted with what they belong to."""
+    return Cost(2 * tokens * parameters * (3 if train else 1), parameters * size * (3 if train else 1))
+
+
+def decode_step(B: int, H: int, K: int, V: int, *, size: int = 2) -> Cost:
+    """A token: state, prediction, score, read-out. The state is read and written once."""
+    return Cost(2 * B * H * 3 * K * V, B * H * (2 * K * V * STATE_BYTES + (2 * K + 2 * V) * size))
+
+
+def decode_attention(B: int, T: int, H: int, K: int, V: int, *, kv_usage: float = 1.0, size: int = 2) -> Cost:
+    """A query over the stored of T tokens."""
+    n = B * H * T * kv_usage
+    return Cost(2 * n * (K + V), (n * (K + V) + B * H * (K + 2 * V)) * size)
+
+
+def kernels(B: int, T: int, H: int, K: int, V: int, kv_usages: list[float], size: int) -> dict[str, list[Cost]]:
+    """Every kernel by name, and HAM, which runs two of them one after the other, beside full attention."""
+    sizes, held = (B, T, H, K, V), (B, H, K, V)
+    table: dict[str, list[Cost]] = {}
+    for phase, train in (("forward", False), ("train", True)):
+        rules = {p: delta_rule(*sizes, predict=p, train=train, size=size) for p in ("none", "statistics", "values")}
+        table[f"{phase}: attention, all keys"] = [attention(*sizes, train=train, size=size)]
+        table[f"{phase}: delta rule"] = [rules["none"]]
+        table[f"{phase}: delta rule, and the sums of the cosine score"] = [rules["statistics"]]
+        table[f"{phase}: delta rule, and the prediction"] = [rules["values"]]
+        for usage in kv_usages:
+            routed = attention(*sizes, kv_usage=usage, train=train, size=size)
+            table[f"{phase}: routed attention {usage:g}"] = [routed]
+            table[f"{phase}: HAM {usage:g}"] = [rules["values"], routed]
+    step = decode_step(*held, size=size)
+    table["decode: attention, all keys"] = [decode_attention(*sizes, size=size)]
+    table["decode: step of the memory"] = [step]
+    for usage in kv_usages:
+        table[f"decode: HAM {usage:g}"] = [step, decode_attention(*sizes, kv_usage=usage, size=size)]
+    return table
+
+
+def floor(work: list[Cost], machine: Machine) -> float:
+    """Least seconds of kernels that run one after the other."""
+    return sum(part.floor(machine) for part in work)
+
+
+def cost(
+    lengths: list[int] | None = None,
+    kv_usages: list[float] | None = None,
+    gpus: list[str] | None = None,
+    batch: int = 4,
+    heads: int = 16,
+    head_dim: int = 128,
+    bytes_per_number: int = 2,
+) -> None:
+    """Prints what every kernel must compute and move, and the least time of it on named GPUs.
+
+    A floor, not a forecast: kernels reach half to nine tenths of it. HAM here is the delta rule and routed attention;
+    projections are the same for all mixers and left out.
+
+    Args:
+        lengths: tokens of a sequence, T. Default: 8192, 32768 and 131072.
+        kv_usages: stored tokens / tokens, 0..1. Default: 0.125, 0.25, 0.5.
+        gpus: of a100, h100, h200, b200. Default: h200.
+        batch: sequences, B.
+        heads: H.
+        head_dim: K = V.
+        bytes_per_number: of q, k and v: 2 or 4.
+    """
+    from mixers.registry import SpecError, unknown
+    from recipes.results import markdown_table
+
+    lengths, gpus = lengths or [8192, 32768, 131072], gpus or ["h200"]
+    for name in gpus:
+        if name not in MACHINES:
+            raise unknown("gpu", name, MACHINES)
+    if min([batch, heads, head_dim, bytes_per_number, *lengths]) < 1:
+        raise SpecError("lengths, batch, heads, head_dim and bytes_per_number must be at least 1")
+    usages = kv_usages or [0.125, 0.25, 0.5]
+    if any(not 0 <= usage <= 1 for usage in usages):
+        raise SpecError(f"kv_usages must be from 0 to 1, got {usages}")
+    for T, gpu in product(lengths, gpus):
+        table = kernels(batch, T, heads, head_dim, head_dim, usages, bytes_per_number)
+        print(f"\n**{gpu}**, B {batch}, T {T}, H {heads}, K = V {head_dim}\n")
+        print(markdown_table(["kernel", "GFLOP", "MB", "floor ms", "bound by", "x attention"], _lines(table, gpu)))
+
+
+def _lines(table: dict[str, list[Cost]], gpu: str) -> list[list[str]]:
+    machine, lines = MACHINES[gpu], []
+    for name, work in table.items():
+        whole = floor(table[f"{name.partition(':')[0]}: attention, all keys"], machine)
+        total = sum(work, Cost(0, 0))
+        bound = " + ".join(dict.fromkeys(part.bound(machine) for part in work))
+        numbers = [f"{total.flops / 1e9:,.1f}", f"{total.bytes / 1e6:,.1f}", f"{1e3 * floor(work, machine):.4f}"]
+        lines.append([name, *numbers, bound, f"{floor(work, machine) / whole:.3f}"])
+    return lines
