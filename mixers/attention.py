@@ -63,10 +63,13 @@ class Attention(Mixer):
     def init_state(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> MixerState:
-        counts = torch.zeros(batch_size, self.num_kv_heads, dtype=torch.long, device=device or self.out.weight.device)
-        cache = KVCache.empty(counts, self.head_dim, self.head_dim, dtype or self.out.weight.dtype, self.window)
-        conv = None if self.conv is None else cache.k.new_zeros(batch_size, self.conv.taps - 1, self.qkv.out_features)
-        return MixerState(counts.new_zeros(batch_size), conv=conv, kv=cache)
+        weight = self.out.weight
+        like = dict(dtype=dtype or weight.dtype, device=device or weight.device)
+        cache = KVCache.empty(batch_size, self.num_kv_heads, self.head_dim, self.head_dim, **like)
+        conv = None
+        if self.conv is not None:
+            conv = torch.zeros(batch_size, self.conv.taps - 1, self.qkv.out_features, **like)
+        return MixerState(torch.zeros(batch_size, dtype=torch.long, device=like["device"]), conv=conv, kv=cache)
 
     def mix(self, x: Tensor, state: MixerState | None, cu_seqlens: Tensor | None) -> MixerOutput:
         qkv, conv = self.qkv(x), None
@@ -93,7 +96,7 @@ class Attention(Mixer):
         else:
             # with a window nothing is stored: the cache keeps a token until the window has passed it
             stored = torch.full(k.shape[:3], not self.window, dtype=torch.bool, device=x.device)
-            a, cache = state.kv.attend(q, k, v, stored, real, state.length, self.head_dim**-0.5, self.window)
+            a, cache = state.kv.attend(q, k, v, stored, real, self.head_dim**-0.5, self.window)
             state = MixerState(state.length + new_tokens(x, cu_seqlens), conv=conv, kv=cache)
         a = a if cu_seqlens is None else unpad(a, real)
         return MixerOutput(self.out(a.flatten(2)), state)

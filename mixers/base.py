@@ -53,6 +53,11 @@ class MixerState:
         """A new state, `function` applied to every tensor."""
         return replace(self, **{f.name: _map(getattr(self, f.name), function) for f in fields(self)})
 
+    def select(self, index: Tensor) -> "MixerState":
+        """The state of some sequences (n,) int64, in that order; one may be taken twice, as beam search does."""
+        kv = None if self.kv is None else self.kv.select(index)
+        return replace(replace(self, kv=None).map(lambda x: x[index]), kv=kv)
+
     def detach(self) -> "MixerState":
         return self.map(lambda x: x.detach())
 

@@ -87,9 +87,8 @@ class HAM(GatedDeltaNet):
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> MixerState:
         state = super().init_state(batch_size, device, dtype)
-        counts = state.length.new_zeros(batch_size, self.num_heads)
-        sizes = self.memory.head_dim, self.memory.value_dim
-        state.kv = KVCache.empty(counts, *sizes, state.conv.dtype, self.router.window(self.kv_usage))
+        sizes = batch_size, self.num_heads, self.memory.head_dim, self.memory.value_dim
+        state.kv = KVCache.empty(*sizes, dtype=state.conv.dtype, device=state.conv.device)
         return state
 
     def mix(self, x: Tensor, state: MixerState | None, cu_seqlens: Tensor | None) -> MixerOutput:
@@ -143,10 +142,10 @@ class HAM(GatedDeltaNet):
             return routed_attention(q, k, v, stored, **options), None
         if cu_seqlens is None:
             real = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
-            return state.kv.attend(q, k, v, stored, real, state.length, 1.0, window)
+            return state.kv.attend(q, k, v, stored, real, 1.0, window)
         real = real_tokens(cu_seqlens)
         q, k, v, stored = (pad_packed(part, real) for part in (q, k, v, stored))
-        a, kv = state.kv.attend(q, k, v, stored, real, state.length, 1.0, window)
+        a, kv = state.kv.attend(q, k, v, stored, real, 1.0, window)
         return unpad(a, real), kv
 
     def _combine(self, x: Tensor, r: Tensor, a: Tensor) -> Tensor:

@@ -4,15 +4,11 @@ Each row (a sequence's head) holds pages of PAGE tokens, as many as it stored to
 usage though rows differ wildly. Pages come from a free list on the device: no step waits for the host.
 """
 
-from dataclasses import dataclass, fields, replace
-
-import torch
 from torch import Tensor
 
+from kernels.decode.cache import PAGE as PAGE
+from kernels.decode.cache import PagedCache as PagedCache
 from kernels.dispatch import choose
-
-PAGE = 64
-"""Tokens of a page."""
 
 BACKENDS = {
     "naive": "kernels.decode.naive:step",
@@ -22,73 +18,6 @@ BACKENDS = {
 ATTEND = {name: path.replace(":step", ":attend") for name, path in BACKENDS.items()}
 SCORES = ("cosine", "value", "output")
 """Scores that a step can take by itself: 1 - cos(p, v); ||u||; sqrt(u^T G u)."""
-
-
-@dataclass
-class PagedCache:
-    """Keys and values of R rows. `append` and `step` change it in place.
-
-    Attributes:
-        k, v: (pages, PAGE, K or V); page 0 belongs to nobody: what is not stored is written there.
-        table: (R, slots) int32, the pages of every row in order.
-        length: (R,) int32, tokens that every row holds.
-        free: (pages,) int32, page numbers; those from `used` on are free.
-        used: () int32.
-    """
-
-    k: Tensor
-    v: Tensor
-    table: Tensor
-    length: Tensor
-    free: Tensor
-    used: Tensor
-
-    @classmethod
-    def empty(
-        cls, rows: int, key_dim: int, value_dim: int, *, pages: int, slots: int, dtype: torch.dtype, device=None
-    ) -> "PagedCache":
-        """A cache for up to `slots * PAGE` tokens a row and `pages * PAGE` in all."""
-        like = dict(dtype=dtype, device=device)
-        ints = dict(dtype=torch.int32, device=device)
-        return cls(
-            torch.zeros(pages + 1, PAGE, key_dim, **like),
-            torch.zeros(pages + 1, PAGE, value_dim, **like),
-            torch.zeros(rows, slots, **ints),
-            torch.zeros(rows, **ints),
-            torch.arange(pages + 1, **ints),
-            torch.ones((), **ints),
-        )
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the pages in use. Waits for the device."""
-        page = sum(x[0].numel() * x.element_size() for x in (self.k, self.v))
-        return (int(self.used) - 1) * page
-
-    def reserve(self, tokens: int) -> "PagedCache":
-        """A cache with room for `tokens` more in every row: this one, or a larger one. Waits for the device, so call
-        it once for many steps."""
-        longest = int(self.length.max()) + tokens if len(self.length) else 0
-        # a row needs a new page where its last is full
-        wanted = int((self.length + (tokens + PAGE - 1)).div(PAGE, rounding_mode="floor").sum())
-        held = int(self.length.add(PAGE - 1).div(PAGE, rounding_mode="floor").sum())
-        pages, slots = len(self.k), self.table.shape[1]
-        missing = int(self.used) + wanted - held - pages
-        if missing > 0:
-            more = max(missing, pages // 2)
-            self = replace(
-                self,
-                k=torch.cat([self.k, self.k.new_zeros(more, *self.k.shape[1:])]),
-                v=torch.cat([self.v, self.v.new_zeros(more, *self.v.shape[1:])]),
-                free=torch.cat([self.free, torch.arange(pages, pages + more).to(self.free)]),
-            )
-        more = -(-longest // PAGE) - slots
-        if more > 0:
-            self = replace(self, table=torch.nn.functional.pad(self.table, (0, max(more, slots // 2))))
-        return self
-
-    def clone(self) -> "PagedCache":
-        return replace(self, **{f.name: getattr(self, f.name).clone() for f in fields(self)})
 
 
 def step(

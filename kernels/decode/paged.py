@@ -4,8 +4,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from kernels.routed_attention.gathered import like_sizes
-
 
 def step(q, k, v, g, beta, state, *, scale, delta, cache, tau, score, gram) -> tuple[Tensor, Tensor, Tensor]:
     """As `kernels.decode.step`."""
@@ -47,18 +45,26 @@ def append(cache, k: Tensor, v: Tensor, stored: Tensor) -> None:
 
 
 def attend(q: Tensor, cache, *, scale: float) -> Tensor:
-    """As `kernels.decode.attend`. Rows of like length are read together, so that time follows what is held."""
-    size = cache.k.shape[1]
-    lengths, order = cache.length.long().sort(descending=True)
+    """As `kernels.decode.attend`. Each page is read once, where it lies, by its row's queries: keys and values are not
+    copied, and the cost is that of the pages in use. A row's softmax is put together from those of its pages."""
+    size, slots = cache.k.shape[1], cache.table.shape[1]
     out = q.new_zeros(*q.shape[:2], cache.v.shape[-1])
-    for rows in order.split(like_sizes(lengths.tolist())):
-        most = int(cache.length[rows].max())
-        if most == 0:
-            continue
-        pages = cache.table[rows, : -(-most // size)].long()
-        k, v = (x[pages].flatten(1, 2)[:, :most].to(q) for x in (cache.k, cache.v))
-        logits = q[rows] @ k.mT * scale  # (rows, G, most)
-        held = torch.arange(most, device=q.device) < cache.length[rows, None]
-        weights = logits.masked_fill(~held[:, None], torch.finfo(logits.dtype).min).softmax(-1)
-        out[rows] = (weights * held.any(1)[:, None, None]) @ v
-    return out
+    row, slot = (torch.arange(slots, device=q.device) * size < cache.length[:, None]).nonzero(as_tuple=True)
+    if not len(row):
+        return out
+    page = cache.table[row, slot].long()
+    if len(page) == int(cache.used) - 1:  # all that are used: in the order of the pool, which is read as it is
+        order = page.argsort()
+        row, slot = row[order], slot[order]
+        k, v = (x[1 : len(page) + 1] for x in (cache.k, cache.v))
+    else:  # a cache that others have gone on from
+        k, v = cache.k[page], cache.v[page]
+    logits = (q[row] * scale) @ k.to(q.dtype).mT  # (pages, G, size)
+    held = torch.arange(size, device=q.device) < (cache.length[row] - slot * size)[:, None]
+    logits = logits.masked_fill(~held[:, None], torch.finfo(q.dtype).min)
+    top = q.new_full(q.shape[:2], torch.finfo(q.dtype).min)
+    top = top.scatter_reduce(0, row[:, None].expand(-1, q.shape[1]), logits.amax(-1), "amax")
+    weights = (logits - top[row, :, None]).exp()
+    total = q.new_zeros(q.shape[:2]).index_add(0, row, weights.sum(-1))
+    out = out.index_add(0, row, weights @ v.to(q.dtype))
+    return out / total.clamp(min=torch.finfo(q.dtype).tiny)[..., None]

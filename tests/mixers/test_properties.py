@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from kernels.decode import PAGE
 from mixers import build_mixer, kv_cache_bytes, list_mixers, list_routers, set_kv_usage
 from mixers.ham import HAM
 from mixers.threshold import Fixed
@@ -73,12 +74,32 @@ def bounds_of(lengths):
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
+def mask_of(lengths, T):
+    return torch.arange(T) < torch.tensor(lengths)[:, None]
+
+
 def tensors_of(state):
     """The tensors of a state, by name."""
     found = {}
     for name, value in vars(state).items():
-        found |= vars(value) if name == "kv" and value is not None else {name: value}
+        found |= entries_of(value) if name == "kv" and value is not None else {name: value}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def entries_of(cache):
+    """What a cache holds, sequence by sequence and head by head, wherever it lies."""
+    k, v, there = cache.pages.rows(torch.arange(len(cache.pages.length)))
+    found = {
+        "k": k[there],
+        "v": v[there],
+        "counts": cache.counts,
+        "recent k": k[:0].flatten(0, 1),
+        "recent v": v[:0].flatten(0, 1),
+    }
+    if cache.recent is not None:
+        seen = cache.recent.seen.transpose(1, 2)
+        found |= {f"recent {name}": getattr(cache.recent, name).transpose(1, 2)[seen] for name in "kv"}
+    return found
 
 
 def assert_same(one, other, tolerance):
@@ -271,6 +292,20 @@ def test_state_follows_functions_over_its_tensors(case):
 
 
 @every_case
+def test_sequences_of_a_state_are_selected_and_repeated(case):
+    """As beam search does, with caches of different sizes, and with two ways on from one state."""
+    mixer, index = made(case), torch.tensor([2, 0, 0])
+    state = mixer(tokens(0, 3, 9), mixer.init_state(3), padding_mask=mask_of([9, 1, 5], 9)).state
+    x = tokens(1, 3, 4)
+    for _ in range(2):
+        out = mixer(x, state.select(index))
+        for row, chosen in enumerate(index.tolist()):
+            alone = mixer(x[row : row + 1], state.select(torch.tensor([chosen])))
+            assert_close(out.hidden[row], alone.hidden[0], rtol=1e-9, atol=1e-9)
+        mixer(x, state)
+
+
+@every_case
 def test_a_call_leaves_its_state_as_it_was(case):
     mixer = made(case)
     state = mixer(tokens(0, 2, 9), mixer.init_state(2)).state
@@ -290,7 +325,7 @@ def test_a_bfloat16_model_keeps_its_memory_in_float32(case):
     if out.routing is not None:
         assert {x.dtype for x in (out.routing.scores, out.routing.tau, out.routing.g)} == {torch.float32}
     if out.state.kv is not None:
-        assert out.state.kv.k.dtype == torch.bfloat16
+        assert out.state.kv.pages.k.dtype == torch.bfloat16
 
 
 @every_case
@@ -317,16 +352,18 @@ def test_the_cache_holds_what_was_stored_and_no_more(case):
         window = out.routing.window
         kept = out.routing.kept.long() - 3 * (0 < window <= 30)  # what no later token will see has left the window
         assert torch.equal(out.state.kv.counts.sum(0), kept)
-        held = int(kept.sum())
-        entry = 4 * (mixer.memory.head_dim + mixer.memory.value_dim) + (9 if window else 0)
+        entry = 4 * (mixer.memory.head_dim + mixer.memory.value_dim)
     elif spec["name"] == "attention":
         window = spec.get("window", 0)
-        held = 3 * mixer.num_kv_heads * (window - 1 if window else 30)
-        entry = 4 * 2 * mixer.head_dim + (9 if window else 0)
+        assert out.state.kv.counts.tolist() == [[window - 1 if window else 30] * mixer.num_kv_heads] * 3
+        entry = 4 * 2 * mixer.head_dim
     else:
-        held = entry = 0
-    assert kv_cache_bytes(out.state) == held * entry
-    assert kv_cache_bytes([out.state, out.state, None]) == 2 * held * entry
+        assert kv_cache_bytes(out.state) == 0
+        return
+    pages = int(-(-out.state.kv.pages.length // PAGE).sum())
+    recent = 0 if out.state.kv.recent is None else out.state.kv.recent.seen.numel()
+    assert kv_cache_bytes(out.state) == (pages * PAGE + recent) * entry
+    assert kv_cache_bytes([out.state, out.state, None]) == 2 * kv_cache_bytes(out.state)
 
 
 @every_case
