@@ -18,9 +18,10 @@ def report(rows: list[Row], settings: dict[str, Any], peaks: dict[str, dict[str,
     summarise(rows)
     add_roofline(rows, peaks)
     text = "\n\n".join(_table(case, some) for case, some in _by_case(rows).items())
+    stamped = stamp()  # before the repository is dirty with these files
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(text + "\n")
-    write_json(folder / "results.json", stamp() | {"settings": settings, "peaks": peaks, "rows": rows})
+    write_json(folder / "results.json", stamped | {"settings": settings, "peaks": peaks, "rows": rows})
     for group in dict.fromkeys(row["group"] for row in rows):
         draw([row for row in rows if row["group"] == group], folder / f"{group}.png")
     print(f"\n{text}\n\nwritten to {folder}/")

@@ -21,8 +21,9 @@ def report(rows: list[Row], settings: dict[str, Any], folder: Path) -> None:
     for row in rows:
         by_label[row["label"]].append(row)
     text = "\n\n".join(part for part in (table(by_label), paired(rows)) if part)
+    stamped = stamp()  # before the repository is dirty with these files
     (folder / "table.md").write_text(text + "\n")
-    write_json(folder / "results.json", stamp() | {"settings": settings, "runs": rows})
+    write_json(folder / "results.json", stamped | {"settings": settings, "runs": rows})
     draw(rows, folder / "plot.png")
     print(
         f"\n{settings['data']}, {settings['steps']} steps, {settings['data_options']}\n\n{text}\n\nwritten to {folder}/"

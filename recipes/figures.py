@@ -48,12 +48,13 @@ def figures(
             torch.cat([r.stored[0].float() for r in _routing(model.decoder, content)], -1).mean(-1).cumsum(0)
         )
     stored = torch.cat([r.stored[0].float() for r in own], -1)  # (T, heads of all layers)
+    stamped = stamp()  # before the repository is dirty with these files
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     _draw(content, stored, growth, Path(out))
     figures = {"kv_usage": float(stored.mean()), "kept_per_token": stored.mean(-1).tolist()}
     figures["kept_at_the_end"] = {str(usage): float(kept[-1]) for usage, kept in growth.items()}
     hparams = json.loads(json.dumps(dict(model.hparams), default=str))
-    write_json(Path(out).with_suffix(".json"), stamp() | {"text": path.name, "model": hparams} | figures)
+    write_json(Path(out).with_suffix(".json"), stamped | {"text": path.name, "model": hparams} | figures)
     print(f"{path.name}: {stored.mean():.1%} of all keys and values kept; written to {out}")
 
 
