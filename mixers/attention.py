@@ -91,12 +91,14 @@ class Attention(Mixer):
         if cu_seqlens is not None:
             q, k, v = (pad_packed(part, real) for part in (q, k, v))
 
-        if state is None:
-            a = self._attend(q, k, v)
-        else:
+        a = self._attend(q, k, v) if state is None or state.kv.fresh else None
+        if state is not None:
             # with a window nothing is stored: the cache keeps a token until the window has passed it
             stored = torch.full(k.shape[:3], not self.window, dtype=torch.bool, device=x.device)
-            a, cache = state.kv.attend(q, k, v, stored, real, self.head_dim**-0.5, self.window)
+            if a is None:
+                a, cache = state.kv.attend(q, k, v, stored, real, self.head_dim**-0.5, self.window)
+            else:
+                cache = state.kv.follow(k, v, stored, real, self.window)
             state = MixerState(state.length + new_tokens(x, cu_seqlens), conv=conv, kv=cache)
         a = a if cu_seqlens is None else unpad(a, real)
         return MixerOutput(self.out(a.flatten(2)), state)

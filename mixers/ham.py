@@ -136,17 +136,19 @@ class HAM(GatedDeltaNet):
         )
 
     def _attend(self, q, k, v, stored, state, cu_seqlens) -> tuple[Tensor, KVCache | None]:
-        window = self.router.window(self.kv_usage)
-        if state is None:
+        window, a = self.router.window(self.kv_usage), None
+        if state is None or state.kv.fresh:
             options = dict(scale=1.0, cu_seqlens=cu_seqlens, window=window, backend=self.attention_backend)
-            return routed_attention(q, k, v, stored, **options), None
-        if cu_seqlens is None:
-            real = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
-            return state.kv.attend(q, k, v, stored, real, 1.0, window)
-        real = real_tokens(cu_seqlens)
-        q, k, v, stored = (pad_packed(part, real) for part in (q, k, v, stored))
+            a = routed_attention(q, k, v, stored, **options)
+            if state is None:
+                return a, None
+        real = real_tokens(cu_seqlens) if cu_seqlens is not None else torch.ones_like(stored[..., 0])
+        if cu_seqlens is not None:
+            q, k, v, stored = (pad_packed(part, real) for part in (q, k, v, stored))
+        if a is not None:
+            return a, state.kv.follow(k, v, stored, real, window)
         a, kv = state.kv.attend(q, k, v, stored, real, 1.0, window)
-        return unpad(a, real), kv
+        return a if cu_seqlens is None else unpad(a, real), kv
 
     def _combine(self, x: Tensor, r: Tensor, a: Tensor) -> Tensor:
         if self.combine == "sum":

@@ -10,6 +10,8 @@ from kernels import decode
 from kernels.decode.cache import PagedCache
 from kernels.routed_attention.gathered import attend, like_sizes
 
+QUERY_BLOCK = 256
+
 
 @dataclass
 class Recent:
@@ -41,11 +43,13 @@ class KVCache:
         pages: of N * H rows, what is stored for good.
         heads: H.
         recent: the tokens of a local window, if there is one.
+        fresh: nothing has been read yet, so that new tokens see each other alone.
     """
 
     pages: PagedCache
     heads: int
     recent: Recent | None = None
+    fresh: bool = True
 
     @classmethod
     def empty(
@@ -90,43 +94,37 @@ class KVCache:
             window: tokens nearer than this are seen, stored or not.
         """
         N, T, H = k.shape[:3]
-        rows = [x.transpose(1, 2).flatten(0, 1) for x in (k, v, stored & real[..., None])]  # (N H, T, ...)
-        pages = self.pages.append(*rows)
+        after = self.follow(k, v, stored, real, window)
         queries = q.unflatten(2, (H, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # (N H, groups, T, K)
         if T == 1 and not window and self.recent is None and not (torch.is_grad_enabled() and q.requires_grad):
-            o = decode.attend(queries[:, :, 0], pages, scale=scale)[:, :, None]
+            o = decode.attend(queries[:, :, 0], after.pages, scale=scale)[:, :, None]
         else:
+            rows = (x.transpose(1, 2).flatten(0, 1) for x in (k, v, stored))  # (N H, T, ...)
             o = self._attend(queries, *rows, real, scale, window)
-        o = o.unflatten(0, (N, H)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-        return o, replace(self, pages=pages, recent=self._recent(k, v, stored, real, window))
+        return o.unflatten(0, (N, H)).permute(0, 3, 1, 2, 4).flatten(2, 3), after
+
+    def follow(self, k: Tensor, v: Tensor, stored: Tensor, real: Tensor, window: int = 0) -> "KVCache":
+        """The cache with T more tokens; shapes as in `attend`."""
+        rows = (x.transpose(1, 2).flatten(0, 1) for x in (k, v, stored & real[..., None]))
+        recent = self._recent(k, v, stored, real, window)
+        return replace(self, pages=self.pages.append(*rows), recent=recent, fresh=False)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, stored: Tensor, real: Tensor, scale: float, window: int):
         """q (R, groups, T, K) over pages, recent tokens and new ones (R, T, .): rows that hold about as much together,
         so that one full head beside empty ones costs what it holds and no more."""
-        T = k.shape[1]
-        token = torch.arange(T, device=k.device)
-        behind = token[:, None] - token
-        new = real.repeat_interleave(self.heads, 0)[:, None] & (behind >= 0)
-        new = new & (stored[:, None] | (behind < window))  # (R, T, T)
-        old = None
-        if self.recent is not None:
-            old = [x.transpose(1, 2).flatten(0, 1) for x in vars(self.recent).values()]  # (R, W, ...)
-            held = old[0].shape[1]
-            near = token[:, None] + held - torch.arange(held, device=k.device) < window  # (T, W)
         counts, order = self.pages.length.sort(descending=True)
+        real = real.repeat_interleave(self.heads, 0)
+        recent = None
+        if self.recent is not None:
+            recent = [x.transpose(1, 2).flatten(0, 1) for x in vars(self.recent).values()]  # (R, W, ...)
         parts = []
         for rows in order.split(like_sizes(counts.tolist())):
-            paged_k, paged_v, there = self.pages.rows(rows)
-            keys, values, seen = [paged_k.to(q.dtype)], [paged_v.to(q.dtype)], [there[:, None].expand(-1, T, -1)]
-            if old is not None:
-                keys.append(old[0][rows].to(q.dtype))
-                values.append(old[1][rows].to(q.dtype))
-                seen.append(old[2][rows][:, None] & near)
-            keys, values, seen = (
-                torch.cat([*some, last[rows]], dim)
-                for some, last, dim in ((keys, k, 1), (values, v, 1), (seen, new, 2))
-            )
-            parts.append(attend(q[rows], keys, values, seen, scale=scale))
+            keys, values, there = self.pages.rows(rows)
+            held = [(keys.to(q.dtype), values.to(q.dtype), there)]
+            if recent is not None:
+                held.append(tuple(x[rows].to(x.dtype if x.dtype == torch.bool else q.dtype) for x in recent))
+            new = k[rows], v[rows], stored[rows], real[rows]
+            parts.append(_over(q[rows], held, new, scale, window))
         return torch.cat(parts)[order.argsort()]
 
     def _recent(self, k: Tensor, v: Tensor, stored: Tensor, real: Tensor, window: int) -> Recent | None:
@@ -138,3 +136,26 @@ class KVCache:
         if recent is None:
             recent = Recent(*(x[:, :0] for x in (k.to(self.pages.k.dtype), v.to(self.pages.v.dtype), seen)))
         return recent.follow(k, v, seen, real.sum(1), window - 1)
+
+
+def _over(q: Tensor, held: list[tuple[Tensor, ...]], new: tuple[Tensor, ...], scale: float, window: int) -> Tensor:
+    """Rows q (r, groups, T, K) over what they hold: (k, v, there) of the pages and perhaps of recent tokens; and over
+    new tokens (k, v, stored, real). A block of queries at a time, so that memory is bounded."""
+    k, v, stored, real = new
+    keys, values = (torch.cat([*(part[i] for part in held), x], 1) for i, x in enumerate((k, v)))
+    old = keys.shape[1] - k.shape[1]
+    recent = held[1][0].shape[1] if len(held) > 1 else 0
+    token = torch.arange(k.shape[1], device=k.device)
+    blocks = []
+    for query in token.split(QUERY_BLOCK):
+        end = int(query[-1]) + 1
+        seen = [held[0][2][:, None].expand(-1, len(query), -1)]
+        if recent:
+            near = query[:, None] + recent - torch.arange(recent, device=k.device) < window
+            seen.append(held[1][2][:, None] & near)
+        behind = query[:, None] - token[:end]
+        some = stored[:, None, :end] | (behind < window)
+        seen.append(some & real[:, None, :end] & (behind >= 0))
+        part = q[:, :, query[0] : end]
+        blocks.append(attend(part, keys[:, : old + end], values[:, : old + end], torch.cat(seen, 2), scale=scale))
+    return torch.cat(blocks, 2)

@@ -49,7 +49,7 @@ def test_lists_of_options_stand_for_all_combinations():
 def test_a_run_weighs_what_the_model_remembers():
     result = train(tiny_run({"name": "ham", "num_heads": 2, "head_dim": 4}, router="all", kv_usage=1.0))
     assert result["tokens"] == 16
-    assert result["kv_bytes"] == 2 * 16 * 2 * (4 + 4) * 4  # layers, tokens, heads, key and value, float32
+    assert result["kv_bytes"] == 2 * 64 * 2 * (4 + 4) * 4  # layers, tokens of a page, heads, key and value, float32
     assert result["kv_usage"] == 1.0
     assert 0 <= result["accuracy"] <= 1
 
