@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from kernels import delta_rule, routed_attention
 from kernels.dispatch import unavailable
-from mixers.base import kv_cache_bytes, state_bytes
+from mixers.base import MixerState, kv_cache_bytes, state_bytes
 from mixers.registry import build_mixer, parse_pattern
 from mixers.routers.base import RouterInputs
 from mixers.routers.residual import Residual
@@ -28,6 +28,7 @@ GROUPS = {
     "mixers": PHASES,
 }
 """group -> the phases that it knows"""
+CALIBRATED = 256  # tokens that the thresholds see before decoding is timed
 DEPTH = 4  # mixers on top of each other, so that a pattern of layers is compared at equal depth
 
 
@@ -229,6 +230,17 @@ def _stack_cost(case: Case, stack: _Stack, usage: float | None) -> dict[str, flo
     return _facts(case, *work)
 
 
+def _filled(state: MixerState, case: Case, usage: float | None, skew: str) -> MixerState:
+    """A state after `length` tokens, its cache filled with noise: reading them would take longer than all the rest."""
+    if state.kv is not None:
+        N, T, H = case.batch, case.length, state.kv.heads
+        k, v = (torch.randn(N, T, H, x.shape[-1], device=case.device) for x in (state.kv.pages.k, state.kv.pages.v))
+        stored = stored_tokens(case, usage, skew) if usage is not None else torch.ones_like(k[..., 0]) > 0
+        state.kv = state.kv.follow(k, v, stored, torch.ones_like(stored[..., 0]))
+    state.length += case.length
+    return state
+
+
 def _mixers(case: Case, pattern: str, usage: float | None = None, skew: str = "even") -> Runner:
     """A stack of mixers; the usage of a HAM is held in each head, or in each layer by as few heads as can hold it."""
     options = {"num_heads": case.heads, "head_dim": case.head_dim}
@@ -237,7 +249,7 @@ def _mixers(case: Case, pattern: str, usage: float | None = None, skew: str = "e
     dim = case.heads * case.head_dim
     specs = [spec | options for spec in parse_pattern(pattern)]
     stack = _Stack(specs, dim).to(case.device).train()
-    x = case.randn(case.batch, case.length, dim)
+    x = case.randn(case.batch, min(case.length, CALIBRATED) if case.phase == "decode" else case.length, dim)
     amp = torch.autocast(case.device, getattr(torch, case.dtype), enabled=case.dtype in ("bfloat16", "float16"))
     if case.dtype == "float64":
         stack.double()
@@ -253,9 +265,13 @@ def _mixers(case: Case, pattern: str, usage: float | None = None, skew: str = "e
     def empty() -> list:
         return [mixer.init_state(case.batch, device=case.device, dtype=x.dtype) for mixer in stack.mixers]
 
-    with torch.no_grad():
-        after = run(x, empty())[1] if case.phase in ("prefill", "decode") else None
     facts = {"parameters": sum(p.numel() for p in stack.parameters())} | _stack_cost(case, stack, usage)
+    after = None
+    with torch.no_grad():
+        if case.phase == "prefill":
+            after = run(x, empty())[1]
+        elif case.phase == "decode":
+            after = [_filled(state, case, usage, skew) for state in empty()]
     if after is not None:
         facts |= {"kv_bytes": kv_cache_bytes(after), "state_bytes": state_bytes(after)}
     if case.phase == "train":
@@ -266,9 +282,14 @@ def _mixers(case: Case, pattern: str, usage: float | None = None, skew: str = "e
             return torch.autograd.grad(run(x)[0], leaves, gradient.to(x.dtype), allow_unused=True)
 
         return Runner(train, facts)
+
+    def decode() -> None:
+        nonlocal after  # on and on: going on from one state again and again would copy its pages
+        after = run(x[:, -1:], after)[1]
+
     steps = {
         "forward": lambda: run(x),
         "prefill": lambda: run(x, empty()),
-        "decode": lambda: run(x[:, -1:], after),
+        "decode": decode,
     }
     return Runner(torch.no_grad()(steps[case.phase]), facts)

@@ -55,7 +55,10 @@ class RouterInputs:
     def output_norm(self) -> Tensor:
         """||W_o^h u|| (B, T, H): the size of a write in the space that all heads and layers share."""
         u = self.write
+        weight = self.output_weight.to(u.dtype)
         with torch.autocast(u.device.type, enabled=False):
+            if u.shape[0] * u.shape[1] <= u.shape[3]:  # few tokens, as in decoding: cheaper than the Gram matrices
+                return torch.einsum("bthv,dhv->bthd", u, weight).norm(dim=-1)
             squared = (torch.einsum("bthv,hvw->bthw", u, self.gram) * u).sum(-1)
         return squared.clamp(min=0).sqrt()
 

@@ -52,7 +52,7 @@ def test_every_contestant_of_the_operations_has_samples_or_a_reason(run, tmp_pat
 
 @pytest.mark.parametrize("phase", ["forward", "train", "prefill", "decode"])
 def test_every_mixer_runs(run, tmp_path, phase):
-    line = f"bench {SMALL} --groups [mixers] --phases [{phase}] --lengths [32] --kv_usages [0.25] --out {tmp_path}"
+    line = f"bench {SMALL} --groups [mixers] --phases [{phase}] --lengths [512] --kv_usages [0.25] --out {tmp_path}"
     assert run(line).code == 0
     rows = {row["contestant"]: row for row in rows_of(tmp_path)}
     assert list(rows) == ["attention", "gdn", "ham 0.25", "hybrid gdn*3,attention"]
@@ -151,13 +151,13 @@ def test_the_roofline_is_the_share_of_the_time_that_the_machine_needs():
 
 @pytest.mark.parametrize("usage", [0.25, 0.5])
 def test_a_ham_in_one_head_holds_the_bytes_of_an_even_one(usage):
-    one = case("mixers", "prefill", length=64)
+    one = case("mixers", "prefill", length=1024)
     held = {}
     for name, build in contestants(one, [usage], ["even", "one_head"]):
         if name.startswith("ham"):
             held[name] = prepare(build, one).facts["kv_bytes"]
     full = prepare(dict(contestants(one, [], []))["attention"], one).facts["kv_bytes"]
-    assert list(held.values()) == pytest.approx([usage * full] * 2, rel=0.15)
+    assert list(held.values()) == pytest.approx([usage * full] * 2, rel=0.2)
 
 
 def test_peak_memory_is_the_most_that_is_held_at_once():
