@@ -1,34 +1,117 @@
-"""Sampling from a decoder, token by token, through its state."""
+"""Writing on from prompts, token by token, through the state: memory follows what the state holds."""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from mixers.backbone import Decoder
+from mixers.base import kv_cache_bytes, state_bytes
+from mixers.registry import SpecError, check_positive
+
+PREFILL = 2048
 
 
-@torch.no_grad()
-def generate(decoder: Decoder, prompt: Tensor, *, num_tokens: int, temperature: float = 0.8, seed: int = 0) -> Tensor:
-    """Continues prompts.
+class Continuation:
+    """What a decoder goes on to write: an endless iterator of the next token (B,) int64 of every prompt.
 
     Args:
         decoder: used as it is: call ``eval()`` on it first.
-        prompt: (B, T) int64, T at least 1.
-        num_tokens: tokens to add.
-        temperature: at least 0; 0 takes the likeliest token.
+        prompts: (B, T) int64, or B tensors (T_i,) of any lengths, each of at least one token.
+        temperature: of the draws, at least 0; 0 takes the likeliest token.
+        top_p: draw among the likeliest tokens that together have this probability, in (0, 1].
         seed: of the draws.
+        prefill: tokens of the prompts that are read at once, which bounds the memory that reading them takes.
+        progress: called with the tokens read so far and those to read.
 
-    Returns:
-        (B, T + num_tokens) int64, the prompt included.
+    Raises:
+        SpecError: an empty prompt, or an option out of its range.
     """
-    generator = torch.Generator(prompt.device).manual_seed(seed)
-    out = decoder(prompt, state=decoder.init_state(len(prompt), device=prompt.device))
-    tokens = [prompt]
-    for _ in range(num_tokens):
-        logits = decoder.logits(out.hidden[:, -1]).float()
-        if temperature == 0:
-            token = logits.argmax(-1, keepdim=True)
-        else:
-            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-        tokens.append(token)
-        out = decoder(token, state=out.state)
-    return torch.cat(tokens, dim=1)
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompts: Tensor | Sequence[Tensor],
+        *,
+        temperature: float = 0.8,
+        top_p: float = 1.0,
+        seed: int = 0,
+        prefill: int = PREFILL,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        if temperature < 0:
+            raise SpecError(f"temperature must be at least 0, got {temperature}")
+        if not 0 < top_p <= 1:
+            raise SpecError(f"top_p must be above 0 and at most 1, got {top_p}")
+        check_positive(prefill=prefill)
+        if len(prompts) == 0 or min(len(prompt) for prompt in prompts) == 0:
+            raise SpecError("a prompt must have at least one token")
+        self.decoder, self.temperature, self.top_p = decoder, temperature, top_p
+        device = decoder.embedding.weight.device
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.state = decoder.init_state(len(prompts), device=device)
+        self._last = self._read([prompt.to(device) for prompt in prompts], prefill, progress)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self
+
+    @torch.no_grad()
+    def __next__(self) -> Tensor:
+        if self._last.ndim == 1:  # the token that was drawn last is yet to be read
+            out = self.decoder(self._last[:, None], state=self.state)
+            self.state, self._last = out.state, out.hidden[:, -1]
+        self._last = self._draw(self.decoder.logits(self._last).float())
+        return self._last
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Bytes of keys and values that are held."""
+        return kv_cache_bytes(self.state)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the recurrent memories and convolution tails."""
+        return state_bytes(self.state)
+
+    @torch.no_grad()
+    def _read(self, prompts: list[Tensor], prefill: int, progress) -> Tensor:
+        """The hidden state (B, D) of the last token of each prompt."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=prompts[0].device)
+        tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+        last = None
+        for start in range(0, tokens.shape[1], prefill):
+            part = tokens[:, start : start + prefill]
+            real = torch.arange(start, start + part.shape[1], device=part.device) < lengths[:, None]
+            out = self.decoder(part, state=self.state, padding_mask=None if real.all() else real)
+            self.state = out.state
+            here = (lengths - 1 - start).clamp(0, part.shape[1] - 1)
+            hidden = out.hidden[torch.arange(len(part), device=part.device), here]
+            ends = (lengths > start) & (lengths <= start + part.shape[1])
+            last = hidden if last is None else torch.where(ends[:, None], hidden, last)
+            if progress is not None:
+                progress(int(lengths.clamp(max=start + part.shape[1]).sum()), int(lengths.sum()))
+        return last
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        """(B, vocab_size) -> (B,)."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        chances = (logits / self.temperature).softmax(-1)
+        if self.top_p < 1:
+            ordered, order = chances.sort(descending=True)
+            before = ordered.cumsum(-1) - ordered  # the likeliest always stays
+            chances = torch.zeros_like(chances).scatter(-1, order, ordered.masked_fill(before >= self.top_p, 0))
+        return torch.multinomial(chances, 1, generator=self.generator)[:, 0]
+
+
+def generate(
+    decoder: Decoder, prompts: Tensor | Sequence[Tensor], *, num_tokens: int, **options
+) -> Tensor | list[Tensor]:
+    """Prompts with ``num_tokens`` more tokens: (B, T + num_tokens) for prompts (B, T), else a list of tensors.
+
+    The options are those of :class:`Continuation`.
+    """
+    new = torch.stack([*islice(Continuation(decoder, prompts, **options), num_tokens)], 1)
+    whole = [torch.cat([prompt, tokens.to(prompt)]) for prompt, tokens in zip(prompts, new, strict=True)]
+    return torch.stack(whole) if isinstance(prompts, Tensor) else whole

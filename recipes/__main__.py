@@ -20,11 +20,12 @@ COMMANDS = {
     "bench": ("recipes.bench:bench", "speed and memory head to head: operations and whole mixers"),
     "cost": ("recipes.cost_model:cost", "operations and bytes of every kernel, and their least time on a named GPU"),
     "doctor": ("recipes.doctor:doctor", "is this machine ready; are the kernels right on it"),
+    "generate": ("recipes.generate:generate", "text from a checkpoint at any KV usage"),
     "figures": ("recipes.figures:figures", "draw what a checkpoint keeps of a text"),
     "ls": ("recipes.listing:ls", "the mixers, routers, thresholds, data and recipes there are"),
     "show": ("recipes.listing:show", "what one of them is, and its options"),
 }
-FUNCTIONS = ("compare", "bench", "cost", "doctor", "figures")
+FUNCTIONS = ("compare", "bench", "cost", "doctor", "generate", "figures")
 
 
 def usage() -> str:

@@ -1,0 +1,119 @@
+"""Text from a checkpoint, at any KV usage."""
+
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+from mixers.registry import SpecError
+
+
+def generate(
+    prompt: str = "",
+    ckpt_path: str = "last",
+    prompt_file: str = "",
+    kv_usage: float | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.7,
+    top_p: float = 1.0,
+    seed: int = 0,
+    prefill: int = 2048,
+    root: str = "runs",
+) -> None:
+    """Goes on writing from a prompt. The text goes to stdout as it is written, what it took to stderr.
+
+    Args:
+        prompt: text to go on from.
+        ckpt_path: checkpoint of a byte-level language model; "last" is that of the newest run.
+        prompt_file: file to go on from, in place of a prompt.
+        kv_usage: stored tokens / tokens, 0..1; default: as trained.
+        max_new_tokens: bytes to write.
+        temperature: of the draws; 0 takes the likeliest byte each time.
+        top_p: draw among the likeliest bytes that together have this probability.
+        seed: of the draws.
+        prefill: bytes of the prompt that are read at once.
+        root: folder of runs, for "last".
+    """
+    from lit_modules.generation import Continuation
+
+    if bool(prompt) == bool(prompt_file):
+        raise SpecError("give either --prompt or --prompt_file")
+    if max_new_tokens < 1:
+        raise SpecError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    content = _read(prompt_file) if prompt_file else prompt.encode()
+    model = load(ckpt_path, root=root, kv_usage=kv_usage)
+
+    import torch
+    from tqdm import tqdm
+
+    with tqdm(total=len(content), desc="reading", unit="byte", leave=False, disable=len(content) < prefill) as bar:
+        start = time.perf_counter()
+        written = Continuation(
+            model.decoder,
+            torch.tensor([list(content)]),
+            **dict(temperature=temperature, top_p=top_p, seed=seed, prefill=prefill),
+            progress=lambda done, _: bar.update(done - bar.n),
+        )
+        read = time.perf_counter() - start
+    sys.stdout.write(prompt)
+    start, pending = time.perf_counter(), b""
+    for token in islice(written, max_new_tokens):
+        pending += bytes(token.tolist())
+        text = pending.decode("utf-8", errors="ignore")
+        if text or len(pending) >= 4:  # a character may take up to four bytes
+            sys.stdout.write(text or "\N{REPLACEMENT CHARACTER}")
+            sys.stdout.flush()
+            pending = b""
+    seconds = time.perf_counter() - start
+    print()
+    _report(model, written, len(content), read, max_new_tokens, seconds)
+
+
+def load(ckpt_path: str, *, root: str = "runs", kv_usage: float | None = None):
+    """The byte-level language model of a checkpoint, ready for evaluation, at a KV usage.
+
+    Raises:
+        SpecError: no such checkpoint, or one of another kind of model; a usage that cannot be set.
+    """
+    from lit_modules.language_model import BYTES, LanguageModel
+    from mixers.threshold import set_kv_usage
+    from recipes.checkpoints import find, read
+
+    path = find(ckpt_path, root=Path(root), name="*")
+    saved = read(path)
+    if saved.hparams.get("vocab_size") != BYTES or "num_classes" in saved.hparams:
+        raise SpecError(f"{path} is no language model of bytes")
+    model = LanguageModel.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
+    if kv_usage is not None:
+        set_kv_usage(model, kv_usage)
+    import torch
+
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _read(path: str) -> bytes:
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise SpecError(f"--prompt_file {path}: {error.strerror}") from error
+    if not content:
+        raise SpecError(f"--prompt_file {path} is empty")
+    return content
+
+
+def _report(model, written, prompt: int, read: float, new: int, seconds: float) -> None:
+    whole = 0
+    for block in model.decoder.blocks:
+        mixer = block.mixer
+        if hasattr(mixer, "memory"):
+            whole += mixer.memory.num_states * (mixer.memory.head_dim + mixer.memory.value_dim)
+        else:
+            whole += 2 * mixer.num_kv_heads * mixer.head_dim
+    whole *= 4 * (prompt + new)
+    lines = [
+        f"read {prompt:,} bytes in {read:.2f} s ({prompt / read:,.0f}/s), "
+        f"wrote {new:,} in {seconds:.2f} s ({new / seconds:,.0f}/s)",
+        f"holds {written.kv_cache_bytes:,} bytes of keys and values ({written.kv_cache_bytes / whole:.1%} of all of "
+        f"them) and {written.state_bytes:,} of states",
+    ]
+    print("\n".join(lines), file=sys.stderr)
