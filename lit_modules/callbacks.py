@@ -1,6 +1,7 @@
 """What a run says when it ends, and what makes it resume exactly."""
 
 import random
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from lit_modules.data.stream import longest_document
 from lit_modules.generation import generate
+from mixers.calibration import calibrate
+from mixers.threshold import thresholds_of
 
 say = rank_zero_only(print)
 PROMPT = 64
@@ -48,6 +51,36 @@ class RNGState(pl.Callback):
         if len(self.restored["cuda"]) == torch.cuda.device_count() > 0:
             torch.cuda.set_rng_state_all([state.cpu() for state in self.restored["cuda"]])
         self.restored = {}
+
+
+class CalibrateThresholds(pl.Callback):
+    """Fits the KV thresholds to the last training batches once the weights are final, so that usage is the one asked
+    for: the tables of training remember a few steps, of changing scores. Place it before what validates and saves.
+
+    Args:
+        batches: how many.
+    """
+
+    def __init__(self, *, batches: int = 16) -> None:
+        self.batches: deque[Any] = deque(maxlen=batches)
+        self.done = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.done = False
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, *_) -> None:
+        self.batches.append(batch)
+        if 0 < trainer.max_steps <= trainer.global_step:
+            self._calibrate(pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._calibrate(pl_module)
+        self.batches.clear()
+
+    def _calibrate(self, pl_module: pl.LightningModule) -> None:
+        if self.batches and not self.done and next(thresholds_of(pl_module), None) is not None:
+            calibrate(pl_module.decoder, self.batches, run=pl_module.decode)
+            self.done = True
 
 
 class RunSummary(pl.Callback):

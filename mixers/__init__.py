@@ -19,6 +19,7 @@ _LAZY = {
     "kv_cache_bytes": "mixers.base",
     "Router": "mixers.routers.base",
     "RouterInputs": "mixers.routers.base",
+    "calibrate": "mixers.calibration",
     "set_kv_usage": "mixers.threshold",
     "share_threshold": "mixers.threshold",
     "Decoder": "mixers.backbone",

@@ -31,6 +31,10 @@ class Threshold(nn.Module):
     """
 
     trained_by_gate = False
+    follows_usage = True
+    """False: tau is the user's, whatever the KV usage."""
+    averaging = False
+    """True while `mixers.calibrate` runs: every step counts the same, and nothing but the table moves."""
 
     def __init__(self, num_heads: int, *, kv_usage: float, scope: str = "model", momentum: float = 0.5) -> None:
         super().__init__()
@@ -77,7 +81,7 @@ class Threshold(nn.Module):
             if self.steps == 0:
                 message = "the KV threshold has seen no training step: its usage is not what was asked"
                 warnings.warn(message, stacklevel=2)
-        return self.between()
+        return self.quantile(self.kv_usage) if self.averaging and self.follows_usage else self.between()
 
     def between(self) -> Tensor:
         """The threshold at a usage strictly between 0 and 1."""
@@ -121,10 +125,11 @@ class Threshold(nn.Module):
         grouped = torch.cat(scores).T if self.scope == "head" else torch.cat([s.flatten() for s in scores])[None]
         levels = torch.linspace(0, 1, LEVELS, device=grouped.device)
         table = _mean_over_ranks(torch.quantile(grouped, levels, dim=1).T.contiguous())
-        weight = max(1 - self.momentum, 1 / (int(self.steps) + 1))
-        self.table.lerp_(table.to(self.table), weight)
+        first = 1 / (int(self.steps) + 1)
+        self.table.lerp_(table.to(self.table), first if self.averaging else max(1 - self.momentum, first))
         self.steps += 1
-        self.adjust(grouped)
+        if not self.averaging:
+            self.adjust(grouped)
 
     def adjust(self, scores: Tensor) -> None:
         """Move what the kind of threshold moves, given the step's scores (groups, n)."""
@@ -180,6 +185,8 @@ class Fixed(Threshold):
     Args:
         tau: the threshold, in units of the router's score.
     """
+
+    follows_usage = False
 
     def __init__(self, num_heads: int, *, tau: float = 0.5, **options) -> None:
         super().__init__(num_heads, **options)

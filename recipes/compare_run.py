@@ -11,6 +11,7 @@ import torch
 
 from kernels.dispatch import CHOSEN
 from lit_modules.base import SequenceModule, with_options
+from lit_modules.callbacks import CalibrateThresholds
 from lit_modules.data import DATA, MODELS
 from mixers.base import kv_cache_bytes, state_bytes
 from mixers.registry import SpecError, unknown
@@ -63,6 +64,7 @@ def train(run: dict[str, Any]) -> dict[str, Any]:
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,
+        callbacks=[CalibrateThresholds()],
         gradient_clip_val=1.0,
     )
     start = time.perf_counter()

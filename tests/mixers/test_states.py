@@ -1,0 +1,166 @@
+"""States of every mixer: moved, selected, left alone, of the right dtype and size; usage and what the cache holds."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from kernels.decode import PAGE
+from mixers import build_mixer, kv_cache_bytes, set_kv_usage
+from mixers.ham import HAM
+from tests.mixers.cases import CASES, DIM, SMALL, every_case, every_ham, made, make, mask_of, tensors_of, tokens
+
+
+@every_case
+def test_state_follows_functions_over_its_tensors(case):
+    mixer = made(case)
+    state = mixer(tokens(0, 2, 9), mixer.init_state(2)).state
+    assert any(x.requires_grad for x in tensors_of(state).values())
+    detached = state.detach()
+    assert not any(x.requires_grad for x in tensors_of(detached).values())
+    one, other = (mixer(tokens(1, 2, 3), s).hidden for s in (state, detached))
+    assert torch.equal(one, other)
+
+
+@every_case
+def test_sequences_of_a_state_are_selected_and_repeated(case):
+    """As beam search does, with caches of different sizes, and with two ways on from one state."""
+    mixer, index = made(case), torch.tensor([2, 0, 0])
+    state = mixer(tokens(0, 3, 9), mixer.init_state(3), padding_mask=mask_of([9, 1, 5], 9)).state
+    x = tokens(1, 3, 4)
+    for _ in range(2):
+        out = mixer(x, state.select(index))
+        for row, chosen in enumerate(index.tolist()):
+            alone = mixer(x[row : row + 1], state.select(torch.tensor([chosen])))
+            assert_close(out.hidden[row], alone.hidden[0], rtol=1e-9, atol=1e-9)
+        mixer(x, state)
+
+
+@every_case
+def test_a_call_leaves_its_state_as_it_was(case):
+    mixer = made(case)
+    state = mixer(tokens(0, 2, 9), mixer.init_state(2)).state
+    before = {name: x.clone() for name, x in tensors_of(state).items()}
+    mixer(tokens(1, 2, 3), state)
+    for name, value in tensors_of(state).items():
+        assert torch.equal(value, before[name])
+
+
+@every_case
+def test_a_bfloat16_model_keeps_its_memory_in_float32(case):
+    mixer = make(case, torch.bfloat16)
+    out = mixer(tokens(0, 2, 9, dtype=torch.bfloat16), mixer.init_state(2))
+    assert out.hidden.dtype == torch.bfloat16
+    if out.state.recurrent is not None:
+        assert out.state.recurrent.dtype == torch.float32
+    if out.routing is not None:
+        assert {x.dtype for x in (out.routing.scores, out.routing.tau, out.routing.g)} == {torch.float32}
+    if out.state.kv is not None:
+        assert out.state.kv.pages.k.dtype == torch.bfloat16
+
+
+@every_case
+def test_autocast(case):
+    """Matrix products of the projections in bfloat16; memory, scores and threshold in float32."""
+    mixer = make(case, torch.float32).train()
+    x = tokens(0, 2, 20, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = mixer(x, mixer.init_state(2))
+    (out.hidden.float().sum() + (0 if out.aux_loss is None else out.aux_loss)).backward()
+    assert all(weight.grad.isfinite().all() for weight in mixer.parameters() if weight.grad is not None)
+    if out.state.recurrent is not None:
+        assert out.state.recurrent.dtype == torch.float32
+    if out.routing is not None:
+        assert {x.dtype for x in (out.routing.scores, out.routing.tau, out.routing.g)} == {torch.float32}
+
+
+@every_case
+def test_the_cache_holds_what_was_stored_and_no_more(case):
+    mixer = make(case, torch.float32)
+    out = mixer(tokens(0, 3, 30, dtype=torch.float32), mixer.init_state(3))
+    spec = CASES[case]
+    if isinstance(mixer, HAM):
+        window = out.routing.window
+        kept = out.routing.kept.long() - 3 * (0 < window <= 30)  # what no later token will see has left the window
+        assert torch.equal(out.state.kv.counts.sum(0), kept)
+        entry = 4 * (mixer.memory.head_dim + mixer.memory.value_dim)
+    elif spec["name"] == "attention":
+        window = spec.get("window", 0)
+        assert out.state.kv.counts.tolist() == [[window - 1 if window else 30] * mixer.num_kv_heads] * 3
+        entry = 4 * 2 * mixer.head_dim
+    else:
+        assert kv_cache_bytes(out.state) == 0
+        return
+    pages = int(-(-out.state.kv.pages.length // PAGE).sum())
+    recent = 0 if out.state.kv.recent is None else out.state.kv.recent.seen.numel()
+    assert kv_cache_bytes(out.state) == (pages * PAGE + recent) * entry
+    assert kv_cache_bytes([out.state, out.state, None]) == 2 * kv_cache_bytes(out.state)
+
+
+@every_case
+@pytest.mark.parametrize(
+    ("T", "options", "message"),
+    [
+        (8, {"cu_seqlens": torch.tensor([0, 4, 8])}, "cu_seqlens needs a batch of one packed row, got 2 rows"),
+        (8, {"padding_mask": torch.ones(2, 7, dtype=torch.bool)}, r"padding_mask must be bool \(2, 8\)"),
+        (8, {"padding_mask": torch.ones(2, 8)}, r"padding_mask must be bool \(2, 8\) .*, got torch.float32"),
+        (8, {"state": 3}, "the state is of 3 sequences, the input is not"),
+    ],
+)
+def test_arguments_that_do_not_fit(case, T, options, message):
+    mixer = made(case)
+    if "state" in options:
+        options = {"state": mixer.init_state(options["state"])}
+    with pytest.raises(ValueError, match=message):
+        mixer(tokens(0, 2, T), **options)
+
+
+@every_case
+def test_no_tokens(case):
+    mixer, state = made(case), made(case).init_state(2)
+    for mask in (None, torch.ones(2, 0, dtype=torch.bool)):
+        out = mixer(tokens(0, 2, 0), state, padding_mask=mask)
+        assert out.hidden.shape == (2, 0, DIM)
+        assert out.state is state
+
+
+class TestUsage:
+    @every_ham
+    def test_at_0_it_is_its_recurrent_mixer(self, case):
+        mixer = make(case, kv_usage=0)
+        set_kv_usage(mixer, 0)
+        options = (*SMALL, "rule", "num_value_heads", "value_dim", "conv_size")
+        spec = {key: x for key, x in CASES[case].items() if key in options}
+        gdn = build_mixer("gdn", dim=DIM, **spec).double()
+        gdn.load_state_dict({name: x for name, x in mixer.state_dict().items() if name in gdn.state_dict()})
+        x = tokens(0, 2, 30)
+        out = mixer(x, mixer.init_state(2))
+        assert not out.routing.stored.any()
+        assert kv_cache_bytes(out.state) == 0
+        if mixer.combine == "gates":  # open the gate of the recurrent read-out
+            torch.nn.init.zeros_(mixer.read_gates.weight)
+            torch.nn.init.constant_(mixer.read_gates.bias, 100)
+        assert torch.equal(mixer(x).hidden, gdn(x).hidden)
+        assert torch.equal(mixer(x, mixer.init_state(2)).hidden, gdn(x).hidden)
+
+    @every_ham
+    def test_at_1_it_stores_everything(self, case):
+        mixer = make(case)
+        set_kv_usage(mixer, 1)
+        out = mixer(tokens(0, 2, 30), mixer.init_state(2))
+        name = mixer.router.__class__.__name__
+        if name == "Recency":  # the last tokens: as many as the cache's window has room for
+            assert out.routing.window == (3 if case == "ham window" else 512)
+        elif name != "Nothing":
+            assert out.routing.stored.all()
+            assert torch.equal(out.routing.usage, torch.ones(mixer.num_heads))
+            assert out.state.kv.counts.tolist() == [[30] * mixer.num_heads] * 2
+
+    def test_it_may_change_on_the_way(self):
+        """A window that opens later sees what was stored before, and keeps no more than a window."""
+        mixer = make("ham recency")
+        mixer.router.length = 10
+        x, state = tokens(0, 1, 40), mixer.init_state(1)
+        for start, usage, held in ((0, 0, 0), (10, 0.3, 3), (20, 0.5, 5), (30, 0, 0)):
+            set_kv_usage(mixer, usage)
+            state = mixer(x[:, start : start + 10], state).state
+            assert state.kv.counts.tolist() == [[max(held - 1, 0)] * 2]
