@@ -19,6 +19,8 @@ _LAZY = {
     "kv_cache_bytes": "mixers.base",
     "Router": "mixers.routers.base",
     "RouterInputs": "mixers.routers.base",
+    "aux_loss": "mixers.swap",
+    "swap_mixers": "mixers.swap",
     "calibrate": "mixers.calibration",
     "set_kv_usage": "mixers.threshold",
     "share_threshold": "mixers.threshold",

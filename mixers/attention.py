@@ -71,6 +71,10 @@ class Attention(Mixer):
             conv = torch.zeros(batch_size, self.conv.taps - 1, self.qkv.out_features, **like)
         return MixerState(torch.zeros(batch_size, dtype=torch.long, device=like["device"]), conv=conv, kv=cache)
 
+    def projections(self) -> dict[str, Tensor]:
+        parts = self.qkv.weight.split([heads * self.head_dim for heads in self.heads])
+        return dict(zip("qkv", parts, strict=True)) | {"o": self.out.weight}
+
     def mix(self, x: Tensor, state: MixerState | None, cu_seqlens: Tensor | None) -> MixerOutput:
         qkv, conv = self.qkv(x), None
         if self.conv is not None:

@@ -102,6 +102,11 @@ class Mixer(nn.Module):
         """The state of `batch_size` sequences that have not begun; device and dtype are by default the weights'."""
         raise NotImplementedError
 
+    def projections(self) -> dict[str, Tensor]:
+        """The weights (out, in) of the projections of x to queries `q`, keys `k` and values `v`, and of what is read to
+        the output `o`, where the mixer has such; views, so that they can be written."""
+        return {}
+
     def forward(
         self,
         x: Tensor,

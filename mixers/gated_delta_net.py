@@ -66,6 +66,9 @@ class GatedDeltaNet(Mixer):
         recurrent, conv = self.memory.init_state(batch_size, device, dtype)
         return MixerState(torch.zeros(batch_size, dtype=torch.long, device=recurrent.device), recurrent, conv)
 
+    def projections(self) -> dict[str, Tensor]:
+        return dict(zip("qkv", self.memory.qkv.weight.split(self.memory.widths), strict=True)) | {"o": self.out.weight}
+
     def mix(self, x: Tensor, state: MixerState | None, cu_seqlens: Tensor | None) -> MixerOutput:
         recurrent, conv = (None, None) if state is None else (state.recurrent, state.conv)
         m = self.memory(x, recurrent, conv, cu_seqlens, predict="none")

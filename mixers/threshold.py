@@ -47,6 +47,7 @@ class Threshold(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self._pending: dict[int, Tensor] = {}  # layer -> scores (tokens, H) of the step under way
         self._checked = False
+        self._shared = False  # by several layers
 
     def _apply(self, fn, recurse=True):
         """Follow the model to its device, but stay in float32: a table in bfloat16 cannot tell scores apart."""
@@ -63,9 +64,18 @@ class Threshold(nn.Module):
             self._settle()
         return super().train(mode)
 
-    def _save_to_state_dict(self, *args, **kwargs):
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """Saved once, under the first of the layers that share it: formats like safetensors refuse shared tensors."""
         self._settle()
-        super()._save_to_state_dict(*args, **kwargs)
+        places = getattr(destination, "_metadata", {})
+        if all(place.get("threshold") != id(self) for place in places.values()):
+            places.setdefault(prefix[:-1], {})["threshold"] = id(self)
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        elsewhere = self._shared and any(name.endswith("threshold.table") for name in state_dict)
+        if f"{prefix}table" in state_dict or not elsewhere:
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _settle(self) -> None:
         """Count the step under way, unless other ranks would have to agree: they may not come here."""
@@ -279,6 +289,7 @@ def share_threshold(model: nn.Module) -> None:
         threshold = getattr(mixer, "threshold", None)
         if isinstance(threshold, Threshold) and threshold.scope == "model":
             mixer.threshold = shared.setdefault((_kind(threshold), _kind(mixer.router)), threshold)
+            mixer.threshold._shared |= mixer.threshold is not threshold
 
 
 def _kind(part: nn.Module) -> tuple:

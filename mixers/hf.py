@@ -1,0 +1,133 @@
+"""Hugging Face's way of keeping and finding models: one class for all decoders of ours, and swapped models built anew.
+
+Importing this module makes `AutoModelForCausalLM.from_pretrained(folder)` know our models; it needs transformers.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from mixers.backbone import Decoder
+from mixers.hosts.cache import layer_of
+from mixers.hosts.wrappers import real_tokens_of
+from mixers.swap import swap_mixers
+
+REMOTE = '''"""Loads this model where the package lightning-mixers is installed."""
+
+from mixers.hf import MixerConfig, MixerForCausalLM  # noqa: F401
+'''
+
+
+class MixerConfig(PreTrainedConfig):
+    """The options of `mixers.Decoder`, as plain data."""
+
+    model_type = "lightning_mixers"
+
+    def __init__(
+        self,
+        vocab_size: int = 256,
+        dim: int = 128,
+        depth: int = 4,
+        mixer: Any = "ham",
+        mlp_ratio: float = 8 / 3,
+        tie_embeddings: bool = True,
+        **options: Any,
+    ) -> None:
+        self.vocab_size, self.dim, self.depth = vocab_size, dim, depth
+        self.mixer, self.mlp_ratio, self.tie_embeddings = mixer, mlp_ratio, tie_embeddings
+        self.hidden_size, self.num_hidden_layers = dim, depth  # by these names transformers asks
+        options.setdefault("tie_word_embeddings", tie_embeddings)
+        super().__init__(**options)
+
+
+class MixerForCausalLM(PreTrainedModel, GenerationMixin):
+    """A `Decoder` that transformers can save, find and generate with."""
+
+    config_class = MixerConfig
+    base_model_prefix = "decoder"
+    _tied_weights_keys = {"decoder.head.weight": "decoder.embedding.weight"}
+
+    def __init__(self, config: MixerConfig) -> None:
+        super().__init__(config)
+        keys = ("dim", "depth", "mixer", "mlp_ratio", "tie_embeddings")
+        self.decoder = Decoder(config.vocab_size, **{key: getattr(config, key) for key in keys})
+        self.post_init()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """The decoder has drawn its weights already."""
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.decoder.embedding
+
+    def set_input_embeddings(self, value: torch.nn.Module) -> None:
+        self.decoder.embedding = value
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.decoder.head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """As other causal models: labels are input_ids with -100 where nothing is asked, shifted in here."""
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        state, layers = None, []
+        if past_key_values is not None:
+            layers = [layer_of(past_key_values, i, self) for i in range(self.config.depth)]
+            first = self.decoder.embedding(input_ids[:, :1])
+            blocks = zip(layers, self.decoder.blocks, strict=True)
+            state = [layer.state_for(block.mixer, first) for layer, block in blocks]
+        mask = real_tokens_of(attention_mask, input_ids[..., None])
+        out = self.decoder(input_ids, state=state, padding_mask=mask)
+        for layer, new in zip(layers, out.state or (), strict=True):
+            layer.keep(new, input_ids.shape[1])
+        rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.decoder.logits(out.hidden[:, rows])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
+            loss = loss + out.aux_loss if self.training else loss
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Also writes what lets the folder be loaded with `trust_remote_code=True` without importing this module."""
+        folder = Path(save_directory)
+        self.config.auto_map = {
+            "AutoConfig": "modeling_lightning_mixers.MixerConfig",
+            "AutoModelForCausalLM": "modeling_lightning_mixers.MixerForCausalLM",
+        }
+        super().save_pretrained(folder, **options)
+        (folder / "modeling_lightning_mixers.py").write_text(REMOTE)
+
+
+AutoConfig.register(MixerConfig.model_type, MixerConfig)
+AutoModelForCausalLM.register(MixerConfig, MixerForCausalLM)
+
+
+def swapped(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A model class that builds the mixers its config tells of: `swapped(LlamaForCausalLM).from_pretrained(folder)`.
+
+    `swap_mixers` writes down in the config what it did, and `save_pretrained` keeps it.
+    """
+
+    class Swapped(cls):
+        def __init__(self, config: PreTrainedConfig, *args: Any, **options: Any) -> None:
+            super().__init__(config, *args, **options)
+            swaps, config.mixer_swaps = getattr(config, "mixer_swaps", []), []
+            for swap in swaps:
+                swap_mixers(self, swap["mixer"], where=swap["where"], layers=swap["layers"], carry_weights=False)
+
+    Swapped.__name__, Swapped.__qualname__ = cls.__name__, cls.__qualname__
+    return Swapped

@@ -1,0 +1,113 @@
+"""A mixer's state as a layer of Hugging Face's `Cache`, so that `generate` carries, reorders and repeats it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixers.base import Mixer, MixerState, kv_cache_bytes, state_bytes
+
+
+def layer_of(cache: Any, index: int | None, owner: Any) -> Any:
+    """The layer of a cache that belongs to a swapped mixer, made when it is first asked for.
+
+    Raises:
+        ValueError: the cache was filled by another model.
+    """
+    if index is None:
+        raise ValueError("a cache was given to a layer without layer_idx")
+    while len(cache.layers) <= index:
+        cache.layers.append(_layer_class()())
+    layer = cache.layers[index]
+    if not isinstance(layer, _layer_class()):
+        if layer.get_seq_length():
+            raise ValueError(f"the cache is of another model: its layer {index} holds the keys of an attention layer")
+        layer = cache.layers[index] = _layer_class()()
+    if layer.owner is None:
+        layer.owner = owner
+    if layer.owner is not owner:
+        raise ValueError(f"the cache is of another model: its layer {index} was filled by another mixer")
+    return layer
+
+
+_made: type | None = None
+
+
+def _layer_class() -> type:
+    """Made when it is needed: transformers takes seconds to import, and this package works without it."""
+    global _made
+    if _made is not None:
+        return _made
+    from transformers.cache_utils import CacheLayerMixin
+
+    class MixerCacheLayer(CacheLayerMixin):
+        """State of a mixer, and the tokens read, padding included, by which models number positions and size masks."""
+
+        is_sliding = False
+
+        def __init__(self, **_: Any) -> None:
+            super().__init__()
+            self.state: MixerState | None = None
+            self.owner: Any = None
+            self.read = 0
+
+        def state_for(self, mixer: Mixer, x: Tensor) -> MixerState:
+            if self.state is None:
+                dtype = x.dtype if not torch.is_autocast_enabled(x.device.type) else None
+                self.state = mixer.init_state(len(x), device=x.device, dtype=dtype)
+            if len(self.state.length) != len(x):
+                raise ValueError(f"the cache is of {len(self.state.length)} sequences, the input of {len(x)}")
+            return self.state
+
+        def keep(self, state: MixerState, tokens: int) -> None:
+            self.state, self.read = state, self.read + tokens
+            self.is_initialized = True
+
+        def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+            pass
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any):
+            raise ValueError("the cache is of another model: keys were given to a layer that holds a mixer's state")
+
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+            return self.read + query_length, 0
+
+        def get_seq_length(self) -> int:
+            return self.read
+
+        def get_max_length(self) -> int:
+            return -1
+
+        def reset(self) -> None:
+            self.state, self.read, self.is_initialized = None, 0, False
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            self.batch_select_indices(beam_idx)
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            if self.state is not None:
+                self.state = self.state.select(indices.to(self.state.length.device))
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            if self.state is not None:
+                rows = torch.arange(len(self.state.length), device=self.state.length.device)
+                self.state = self.state.select(rows.repeat_interleave(repeats))
+
+        def crop(self, tokens_to_remove: int) -> None:
+            if tokens_to_remove:
+                raise ValueError("a mixer's state cannot forget its last tokens: assisted generation needs attention")
+
+        def offload(self) -> None:
+            self.state = None if self.state is None else self.state.to("cpu")
+
+        def prefetch(self) -> None:
+            if self.state is not None and self.owner is not None:
+                self.state = self.state.to(next(self.owner.parameters()).device)
+
+        @property
+        def bytes(self) -> int:
+            """Bytes of keys, values and states that are held."""
+            return kv_cache_bytes(self.state) + state_bytes(self.state)
+
+    _made = MixerCacheLayer
+    return _made

@@ -1,0 +1,130 @@
+"""Mixers in models that people already have: attention out, a mixer in, in place."""
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixers.hosts import carry, describe
+from mixers.hosts.wrappers import Wrapper
+from mixers.registry import MIXERS, SpecError, parse_spec
+from mixers.threshold import share_threshold
+
+
+@dataclass
+class Swap:
+    """One module that was replaced: its name and class, and what became of its q, k, v and o weights."""
+
+    name: str
+    was: str
+    weights: dict[str, str]
+    biases: bool
+
+
+class SwapReport(list[Swap]):
+    """What `swap_mixers` did, a `Swap` for every layer; prints as a few lines."""
+
+    def __str__(self) -> str:
+        lines = [f"{len(self)} modules replaced"]
+        alike: dict[tuple, list[str]] = {}
+        for swap in self:
+            alike.setdefault((swap.was, tuple(swap.weights.items()), swap.biases), []).append(swap.name)
+        for (was, weights, biases), names in alike.items():
+            lines.append(f"  {was}: {', '.join(names)}")
+            lines += [f"    {part}: {what}" for part, what in weights]
+            lines += ["    biases of the host were left out"] if biases else []
+        return "\n".join(lines)
+
+
+def swap_mixers(
+    model: nn.Module,
+    mixer: str | Mapping[str, Any] = "ham",
+    *,
+    where: str = "*",
+    layers: Iterable[int] | None = None,
+    carry_weights: bool = True,
+    **options: Any,
+) -> SwapReport:
+    """Replaces attention modules of a model by mixers, in place.
+
+    Heads and widths are read from each module; q, k, v and o are copied where shapes allow. That is a start, not the
+    same function: a mixer has more than these, so train what comes out. In decoders the mixer reads forwards, in
+    encoders both ways. HAM layers share one KV budget. Add `aux_loss(model)` to the loss if the router has one.
+
+    Args:
+        model: any module; Hugging Face decoders and Vision Transformers, nn.TransformerEncoder, timm's blocks, or
+            anything whose attention `mixers.hosts.register_host` was told about.
+        mixer: name or spec.
+        where: pattern of module names, such as "model.layers.*.self_attn"; what no adapter knows is an error.
+        layers: which of the modules that match, counted from 0, negative ones from the end; default all. Every other
+            one makes a hybrid.
+        carry_weights: False leaves the mixers' weights as they are drawn.
+        options: of the mixer; default: those the module has.
+
+    Returns:
+        What was replaced, and which weights were carried over.
+
+    Raises:
+        SpecError: nothing matches (the candidates are listed), a module that no adapter knows, a layer that is not
+            there, a mixer or an option that is unknown. The model is then as it was.
+    """
+    layers = None if layers is None else list(layers)
+    chosen = _choose(model, where, layers)
+    spec = parse_spec(mixer)
+    made = []
+    for name, module in chosen:
+        host = describe(module)
+        known = MIXERS.options(spec["name"])
+        sizes = {"num_heads": host.num_heads, "head_dim": host.head_dim, "num_kv_heads": host.num_kv_heads}
+        built = MIXERS.build({k: v for k, v in sizes.items() if k in known} | spec | options, dim=host.dim)
+        weights = carry(host, built) if carry_weights else dict.fromkeys("qkvo", "new: as asked")
+        like = next(module.parameters())
+        built.to(device=like.device, dtype=like.dtype).train(module.training)
+        made.append((name, host.wrapper(built, module), Swap(name, type(module).__name__, weights, host.biases)))
+    for name, wrapper, _ in made:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, wrapper)
+    share_threshold(model)
+    _remember(model, spec | options, where, layers)
+    return SwapReport(swap for *_, swap in made)
+
+
+def _choose(model: nn.Module, where: str, layers: list[int] | None) -> list[tuple[str, nn.Module]]:
+    named = [(name, module) for name, module in model.named_modules() if name]
+    inside = tuple(f"{name}." for name, module in named if isinstance(module, Wrapper))
+    found = [(n, m) for n, m in named if fnmatch.fnmatchcase(n, where) and not n.startswith(inside or ("\0",))]
+    known = [(n, m) for n, m in found if describe(m) is not None]
+    if not known and found and where != "*":
+        name, module = found[0]
+        children = ", ".join(child for child, _ in module.named_children()) or "no children"
+        raise SpecError(
+            f"no adapter knows {type(module).__name__} ({name}: {children}); tell mixers.hosts.register_host about it"
+        )
+    if not known:
+        candidates = dict.fromkeys(re.sub(r"\d+", "*", n) for n, m in named if describe(m) is not None)
+        hint = f"candidates: {', '.join(candidates)}" if candidates else "the model has no attention that we know"
+        raise SpecError(f"no module matches {where!r}; {hint}")
+    if layers is None:
+        return known
+    for layer in layers:
+        if not -len(known) <= layer < len(known):
+            raise SpecError(f"layer {layer} is not there: {where!r} matches {len(known)} modules")
+    return [known[i] for i in sorted({layer % len(known) for layer in layers})]
+
+
+def _remember(model: nn.Module, spec: dict[str, Any], where: str, layers: list[int] | None) -> None:
+    """A Hugging Face config takes a note of the swap, by which `mixers.hf.swapped` builds the model again."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        swap = {"mixer": spec, "where": where, "layers": layers}
+        config.mixer_swaps = [*getattr(config, "mixer_swaps", []), swap]
+
+
+def aux_loss(model: nn.Module) -> Tensor:
+    """The sum of what routers and thresholds of swapped mixers add to the loss of the last call; a scalar."""
+    losses = [m.aux_loss for m in model.modules() if isinstance(m, Wrapper) and m.aux_loss is not None]
+    return torch.stack(losses).sum() if losses else torch.zeros(())

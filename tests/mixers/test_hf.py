@@ -1,0 +1,116 @@
+"""Saving, finding and loading the Hugging Face way; LoRA around a mixer."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from mixers import calibrate, set_kv_usage, swap_mixers
+from mixers.hf import MixerConfig, MixerForCausalLM, swapped
+from mixers.threshold import thresholds_of
+
+LLAMA = LlamaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                    intermediate_size=48)  # fmt: skip
+PATTERNS = {
+    "ham": {"name": "ham", "num_heads": 2, "head_dim": 8, "router": {"name": "residual", "space": "value"}},
+    "gdn": {"name": "gdn", "num_heads": 2},
+    "hybrid": [{"name": "gdn", "num_heads": 2}, {"name": "attention", "num_heads": 4, "num_kv_heads": 2}],
+}
+
+
+def tokens(*shape):
+    return torch.randint(1, 50, shape, generator=torch.Generator().manual_seed(0))
+
+
+def ours(pattern="ham", **options):
+    torch.manual_seed(0)
+    model = MixerForCausalLM(MixerConfig(vocab_size=50, dim=32, depth=2, mixer=PATTERNS[pattern], **options)).eval()
+    model.generation_config.pad_token_id = 0
+    if pattern == "ham":
+        calibrate(model, [tokens(4, 40)])
+    return model
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_decoder_of_ours_is_saved_found_and_loaded(tmp_path, pattern, tie):
+    model, x = ours(pattern, tie_embeddings=tie), tokens(2, 9)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(again) is MixerForCausalLM and again.config.mixer == model.config.mixer
+    assert torch.equal(again(x).logits, model(x).logits)
+    assert (again.decoder.head.weight is again.decoder.embedding.weight) == tie
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert len([name for name in names if name.endswith("threshold.table")]) == (pattern == "ham")
+    assert len(list(thresholds_of(again))) == (pattern == "ham")
+
+
+def test_it_is_found_from_its_folder_alone(tmp_path):
+    """In a process that has not imported our module, as transformers loads models with code of their own."""
+    model = ours()
+    model.save_pretrained(tmp_path)
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as A;"
+        f"m = A.from_pretrained({str(tmp_path)!r}, trust_remote_code=True).eval();"
+        "print(m(torch.tensor([[1, 2, 3]])).logits.sum().item(), type(m).__name__)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=None)
+    assert out.returncode == 0, out.stderr
+    value, name = out.stdout.split()[-2:]
+    assert name == "MixerForCausalLM"
+    assert float(value) == pytest.approx(model(torch.tensor([[1, 2, 3]])).logits.sum().item(), rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_it_generates_with_a_cache_as_without(pattern, beams):
+    model, x = ours(pattern).double(), tokens(2, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    options = dict(attention_mask=mask, max_new_tokens=7, num_beams=beams, do_sample=False)
+    assert torch.equal(model.generate(x, **options), model.generate(x, **options, use_cache=False))
+
+
+def test_its_loss_is_that_of_shifted_labels():
+    model, x = ours(), tokens(2, 9)
+    out = model(x, labels=x)
+    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+    assert_close(out.loss, expected)
+    assert model(x, logits_to_keep=1).logits.shape == (2, 1, 50)
+
+
+@pytest.mark.parametrize("layers", [None, [0, 2]])
+def test_a_swapped_model_is_saved_and_built_again(tmp_path, layers):
+    torch.manual_seed(0)
+    model, x = LlamaForCausalLM(copy.deepcopy(LLAMA)), tokens(2, 30)
+    swap_mixers(model, "ham", where="*.self_attn", layers=layers, kv_usage=0.5)
+    if layers:
+        swap_mixers(model, "gdn", where="*.self_attn", layers=[1])
+    calibrate(model.eval(), [x])
+    model.save_pretrained(tmp_path)
+    again = swapped(LlamaForCausalLM).from_pretrained(tmp_path).eval()
+    assert isinstance(again, LlamaForCausalLM) and again.config.architectures == ["LlamaForCausalLM"]
+    assert again.config.mixer_swaps == model.config.mixer_swaps and len(again.config.mixer_swaps) == 1 + bool(layers)
+    assert torch.equal(again(x).logits, model(x).logits)
+    assert len(list(thresholds_of(again))) == 1
+    set_kv_usage(again, 0)
+    assert not torch.equal(again(x).logits, model(x).logits)
+
+
+def test_lora_around_a_mixer(tmp_path):
+    torch.manual_seed(0)
+    model, x = LlamaForCausalLM(copy.deepcopy(LLAMA)), tokens(2, 12)
+    swap_mixers(model, "ham", where="*.self_attn")
+    before = model.eval()(x).logits
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["qkv", "out"], init_lora_weights=True))
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert trained and all("lora_" in name and "mixer" in name for name in trained)
+    assert_close(adapted.eval()(x).logits, before)
+    adapted.train()(x, labels=x).loss.backward()
+    assert all(p.grad.isfinite().all() for p in adapted.parameters() if p.requires_grad)
+    assert adapted.eval().generate(input_ids=x, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 15)

@@ -1,0 +1,313 @@
+"""Mixers in other models: Hugging Face decoders, nn.TransformerEncoder, Vision Transformers, a class of ones own."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from mixers import SpecError, aux_loss, calibrate, kv_cache_bytes, set_kv_usage, swap_mixers
+from mixers.hosts import ADAPTERS, Host, register_host
+from mixers.hosts.wrappers import InDecoder, Wrapper
+
+SIZES = dict(vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48)
+DECODERS = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, num_key_value_heads=2), "*.self_attn"),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8), "model.layers.*.self_attn"),
+    "gpt2": (GPT2LMHeadModel, GPT2Config(vocab_size=50, n_embd=32, n_layer=4, n_head=4), "*.attn"),
+    "neox": (GPTNeoXForCausalLM, GPTNeoXConfig(**SIZES), "*.attention"),
+}
+HAM = {"name": "ham", "threshold": {"name": "fixed", "tau": 0.05}}
+MIXERS = {"ham": HAM, "gdn": "gdn", "attention": "attention", "window": {"name": "attention", "window": 3}}
+every_decoder = pytest.mark.parametrize("host", DECODERS)
+
+
+def decoder(host, mixer=HAM, dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    cls, config, where = DECODERS[host]
+    model = cls(copy.deepcopy(config))
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
+    swap_mixers(model, mixer, where=where, **options)
+    return model.to(dtype).eval()
+
+
+def tokens(*shape):
+    return torch.randint(1, 50, shape, generator=torch.Generator().manual_seed(0))
+
+
+class TestDecoders:
+    @every_decoder
+    @pytest.mark.parametrize("layers", [None, [0, 2], [1, -1]])
+    @torch.no_grad()
+    def test_the_cache_gives_what_reading_everything_again_gives(self, host, layers):
+        """Also with attention left in some layers, the first or others."""
+        model, x = decoder(host, layers=layers), tokens(2, 9)
+        whole, cache, parts = model(x).logits, None, []
+        for start, stop in ((0, 5), (5, 6), (6, 9)):
+            out = model(x[:, start:stop], past_key_values=cache, use_cache=True)
+            cache, parts = out.past_key_values, [*parts, out.logits]
+        assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-9)
+
+    @every_decoder
+    @pytest.mark.parametrize("mixer", MIXERS)
+    @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+    @torch.no_grad()
+    def test_padding_on_either_side_does_not_matter(self, host, mixer, attention):
+        model, x = decoder(host, MIXERS[mixer]), tokens(2, 9)
+        model.set_attn_implementation(attention)
+        for real in (slice(2, 9), slice(0, 7)):
+            mask = torch.ones(2, 9, dtype=torch.long)
+            mask[0] = 0
+            mask[0, real] = 1
+            position = (mask.cumsum(1) - 1).clamp(min=0)
+            out = model(x, attention_mask=mask, position_ids=position).logits
+            assert_close(out[0, real], model(x[:1, real]).logits[0], rtol=1e-9, atol=1e-9)
+            assert_close(out[1], model(x[1:]).logits[0], rtol=1e-9, atol=1e-9)
+
+    @every_decoder
+    @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+    def test_generate_with_a_cache_is_generate_without(self, host, how):
+        """Greedy and beams, over prompts padded on the left; beams reorder caches of different sizes."""
+        model, x = decoder(host, layers=[0, 2, 3]), tokens(2, 7)
+        mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+        options = dict(attention_mask=mask, max_new_tokens=8, do_sample=False) | how
+        assert torch.equal(model.generate(x, **options), model.generate(x, **options, use_cache=False))
+
+    def test_sampling_several_sequences_of_a_prompt(self):
+        torch.manual_seed(0)
+        out = decoder("llama").generate(tokens(2, 4), do_sample=True, num_return_sequences=3, max_new_tokens=5)
+        assert out.shape == (6, 9) and len(out.unique(dim=0)) > 2
+
+    def test_weights_are_carried_and_the_report_says_which(self):
+        cls, config, where = DECODERS["llama"]
+        model = cls(copy.deepcopy(config))
+        theirs = copy.deepcopy(model.model.layers[1].self_attn)
+        report = swap_mixers(model, "ham", where=where)
+        ours = model.model.layers[1].self_attn.mixer.projections()
+        assert torch.equal(ours["q"], theirs.q_proj.weight) and torch.equal(ours["o"], theirs.o_proj.weight)
+        repeated = theirs.k_proj.weight.unflatten(0, (2, 8)).repeat_interleave(2, 0).flatten(0, 1)
+        assert torch.equal(ours["k"], repeated)
+        assert report[1].weights == {
+            "q": "carried", "k": "carried, each head 2 times", "v": "carried, each head 2 times", "o": "carried",
+        }  # fmt: skip
+        assert "4 modules replaced" in str(report) and "LlamaAttention: model.layers.0.self_attn" in str(report)
+
+        model = cls(copy.deepcopy(config))
+        report = swap_mixers(model, "gdn", where=where, value_dim=16, carry_weights=True)
+        assert report[0].weights["v"].startswith("new: (16, 32) there, (64, 32) here")
+        assert set(swap_mixers(cls(config), "gdn", where=where, carry_weights=False)[0].weights.values()) == {
+            "new: as asked"
+        }
+
+    def test_grouped_heads_stay_grouped_in_attention(self):
+        """And then it is the very same function, positions and all."""
+        cls, config, where = DECODERS["llama"]
+        torch.manual_seed(0)
+        model, x = cls(copy.deepcopy(config)).eval(), tokens(2, 9)
+        before = model(x).logits
+        report = swap_mixers(model, "attention", where=where)
+        assert set(report[0].weights.values()) == {"carried"}
+        assert model.model.layers[0].self_attn.mixer.num_kv_heads == 2
+        assert_close(model(x).logits, before, rtol=1e-4, atol=1e-5)
+
+    @every_decoder
+    def test_the_rows_of_every_head_are_carried_to_their_place(self, host):
+        """Attention without positions: the host's values and outputs alone decide a sequence of one token."""
+        cls, config, where = DECODERS[host]
+        torch.manual_seed(0)
+        model = cls(copy.deepcopy(config)).eval()
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.data.zero_()  # biases and norms' offsets, which are not carried
+        for norm in (m for m in model.modules() if type(m).__name__.endswith(("LayerNorm", "RMSNorm"))):
+            norm.weight.data.fill_(1)
+        x = tokens(3, 1)
+        before = model(x).logits
+        swap_mixers(model, "attention", where=where)
+        assert_close(model(x).logits, before, rtol=1e-4, atol=1e-5)
+
+    def test_usage_is_shared_calibrated_and_set(self):
+        model, x = decoder("llama", "ham", torch.float32), tokens(4, 60)
+        assert calibrate(model, [x]) == 1
+        for usage in (0.0, 0.3, 1.0):
+            set_kv_usage(model, usage)
+            cache = model(x, use_cache=True).past_key_values
+            wrappers = [m for m in model.modules() if isinstance(m, Wrapper)]
+            assert torch.stack([m.routing.usage for m in wrappers]).mean().item() == pytest.approx(usage, abs=0.05)
+            held = sum(kv_cache_bytes(layer.state) for layer in cache.layers)
+            assert (held > 0) == (usage > 0)
+
+    def test_it_trains_and_the_loss_of_the_router_is_there(self):
+        model = decoder("llama", {"name": "ham", "router": "demand"}, torch.float32).train()
+        x = tokens(2, 16)
+        out = model(x, labels=x)
+        extra = aux_loss(model)
+        assert extra > 0
+        (out.loss + extra).backward()
+        mixer = model.model.layers[0].self_attn.mixer
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in mixer.parameters())
+        assert aux_loss(decoder("gpt2", "gdn")) == 0
+
+
+class TestEncoders:
+    @pytest.mark.parametrize("batch_first", [True, False])
+    @pytest.mark.parametrize("mixer", ["ham", "gdn", "attention"])
+    def test_transformer_encoder_reads_both_ways_around_padding(self, batch_first, mixer):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=batch_first, dtype=torch.float64)
+        model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        report = swap_mixers(model, mixer, where="layers.*.self_attn")
+        assert len(report) == 2 and report[0].was == "MultiheadAttention"
+        model.double().eval()
+        x = torch.randn(3, 7, 16, dtype=torch.float64)
+        padding = torch.arange(7) >= torch.tensor([7, 4, 5])[:, None]
+
+        def run(x, **options):
+            y = model(x if batch_first else x.transpose(0, 1), **options)
+            return y if batch_first else y.transpose(0, 1)
+
+        with torch.no_grad():
+            out = run(x, src_key_padding_mask=padding)
+            assert_close(out[1, :4], run(x[1:2, :4])[0], rtol=1e-9, atol=1e-9)
+            other = x.clone()
+            other[:, -1] += 1
+            assert not torch.allclose(run(x)[:, 0], run(other)[:, 0])  # the first token sees the last
+            causal = nn.Transformer.generate_square_subsequent_mask(7, dtype=torch.float64)
+            for options in ({"mask": causal}, {"mask": causal, "is_causal": True}, {"mask": causal.bool()}):
+                assert_close(run(x, **options)[:, :6], run(other, **options)[:, :6], rtol=1e-12, atol=1e-12)
+
+    def test_what_it_cannot_do_is_an_error(self):
+        attention = nn.ModuleDict({"a": nn.MultiheadAttention(16, 2, batch_first=True)})
+        swap_mixers(attention, "gdn")
+        x = torch.randn(2, 5, 16)
+        with pytest.raises(ValueError, match="query and key differ"):
+            attention["a"](x, torch.randn(2, 5, 16), x)
+        with pytest.raises(ValueError, match="no attn_mask but a causal one"):
+            attention["a"](x, x, x, attn_mask=torch.eye(5) > 0)
+        out, weights = attention["a"](x[0], x[0], x[0])
+        assert out.shape == (5, 16) and weights is None
+
+    def test_vision_transformer_of_transformers(self):
+        torch.manual_seed(0)
+        config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+                           image_size=16, patch_size=4, num_labels=3)  # fmt: skip
+        model = ViTForImageClassification(config)
+        report = swap_mixers(model, "ham", where="*.attention")
+        assert len(report) == 2 and report[0].biases
+        images = torch.randn(4, 3, 16, 16)
+        out = model(images, labels=torch.tensor([0, 1, 2, 0]))
+        out.loss.backward()
+        assert out.logits.shape == (4, 3) and all(p.grad is not None for p in model.vit.parameters())
+
+    def test_a_block_of_timms_signature(self):
+        class Attention(nn.Module):
+            def __init__(self, dim, num_heads):
+                super().__init__()
+                self.num_heads = num_heads
+                self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+            def forward(self, x, attn_mask=None, is_causal=False): ...
+
+        class Block(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.norm, self.attn = nn.LayerNorm(16), Attention(16, 2)
+
+            def forward(self, x):
+                return x + self.attn(self.norm(x))
+
+        model = nn.Sequential(Block(), Block())
+        theirs = model[0].attn.qkv.weight.clone()
+        report = swap_mixers(model, "gdn", where="*.attn", layers=[0, 1])
+        assert torch.equal(torch.cat([model[0].attn.mixer.projections()[part] for part in "qkv"]), theirs)
+        assert report[0].weights["o"] == "carried"
+        assert model(torch.randn(2, 5, 16)).shape == (2, 5, 16)
+
+
+def test_a_class_of_ones_own():
+    class Mine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.width, self.all = 16, nn.Linear(16, 16)
+
+        def forward(self, x): ...
+
+    class Place(Wrapper):
+        def forward(self, x):
+            return self.note(self.mixer(x))
+
+    model = nn.ModuleDict({"block": Mine()})
+    with pytest.raises(SpecError, match=r"no adapter knows Mine \(block: all\); tell mixers.hosts.register_host"):
+        swap_mixers(model, where="block")
+
+    @register_host
+    def mine(module):
+        return Host(module.width, 4, Place, weights={"o": module.all.weight}) if isinstance(module, Mine) else None
+
+    try:
+        report = swap_mixers(model, "gdn", where="block")
+    finally:
+        ADAPTERS.remove(mine)
+    assert report[0].weights["o"] == "carried" and report[0].weights["q"] == "new: not found in the host"
+    assert model["block"](torch.randn(2, 5, 16)).shape == (2, 5, 16)
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"where": "*.attn"}, r"no module matches '\*.attn'; candidates: model.layers.\*.self_attn"),
+            ({"where": "*.mlp"}, r"no adapter knows LlamaMLP \(model.layers.0.mlp: .*\); tell"),
+            ({"layers": [4]}, "layer 4 is not there: .* matches 4 modules"),
+            ({"mixer": "hamm"}, "unknown mixer 'hamm'.*Did you mean 'ham'"),
+            ({"head_dimension": 3}, "head_dimension"),
+            ({"kv_usage": -0.1}, "kv_usage must be a number from 0 to 1, got -0.1"),
+        ],
+    )
+    def test_the_model_is_left_as_it_was(self, options, message):
+        cls, config, where = DECODERS["llama"]
+        model = cls(config)
+        with pytest.raises(SpecError, match=message):
+            swap_mixers(model, **{"where": where} | options)
+        assert not any(isinstance(module, Wrapper) for module in model.modules())
+        assert not hasattr(model.config, "mixer_swaps")
+
+    def test_a_model_without_attention(self):
+        with pytest.raises(SpecError, match="the model has no attention that we know"):
+            swap_mixers(nn.Sequential(nn.Linear(2, 2)))
+
+    def test_a_cache_of_another_model(self):
+        one, other, x = decoder("llama"), decoder("llama"), tokens(2, 5)
+        cache = one(x, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="the cache is of another model: its layer 0 was filled by another mixer"):
+            other(x, past_key_values=cache)
+        cls, config, _ = DECODERS["llama"]
+        plain = cls(config).double().eval()
+        with pytest.raises(ValueError, match="the cache is of another model: keys were given"):
+            plain(x, past_key_values=cache)
+        with pytest.raises(ValueError, match="the cache is of another model: its layer 0 holds the keys"):
+            one(x, past_key_values=plain(x, use_cache=True).past_key_values)
+        with pytest.raises(ValueError, match="the cache is of 2 sequences, the input of 1"):
+            one(x[:1], past_key_values=cache)
+
+    def test_masks_and_calls_that_it_does_not_understand(self):
+        layer = decoder("llama").model.layers[0].self_attn
+        x = torch.randn(1, 3, 32, dtype=torch.float64)
+        with pytest.raises(ValueError, match='attention mask of str; load the model with attn_implementation="sdpa"'):
+            layer(x, attention_mask="block mask")
+        with pytest.raises(ValueError, match="cross-attention was asked for"):
+            layer(x, encoder_hidden_states=x)
+        assert isinstance(layer, InDecoder)
