@@ -1,7 +1,7 @@
 """What a run says when it ends, and what makes it resume exactly."""
 
 import random
-from collections import deque
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -54,33 +54,35 @@ class RNGState(pl.Callback):
 
 
 class CalibrateThresholds(pl.Callback):
-    """Fits the KV thresholds to the last training batches once the weights are final, so that usage is the one asked
-    for: the tables of training remember a few steps, of changing scores. Place it before what validates and saves.
+    """Fits the KV thresholds to training data once the weights are final, so that usage is the one asked for: the
+    tables of training remember a few steps, of changing scores. Place it before what validates and saves.
+
+    The data are the first batches of a new training loader, so that a resumed run ends like an uninterrupted one.
 
     Args:
         batches: how many.
     """
 
     def __init__(self, *, batches: int = 16) -> None:
-        self.batches: deque[Any] = deque(maxlen=batches)
+        self.batches = batches
         self.done = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.done = False
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, *_) -> None:
-        self.batches.append(batch)
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if 0 < trainer.max_steps <= trainer.global_step:
-            self._calibrate(pl_module)
+            self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._calibrate(pl_module)
-        self.batches.clear()
-
-    def _calibrate(self, pl_module: pl.LightningModule) -> None:
-        if self.batches and not self.done and next(thresholds_of(pl_module), None) is not None:
-            calibrate(pl_module.decoder, self.batches, run=pl_module.decode)
-            self.done = True
+        if self.done or next(thresholds_of(pl_module), None) is None:
+            return
+        self.done = True
+        data = getattr(trainer, "datamodule", None)
+        loader = trainer.train_dataloader if data is None else data.train_dataloader()
+        batches = (trainer.strategy.batch_to_device(batch) for batch in islice(loader, self.batches))
+        with trainer.precision_plugin.forward_context():
+            calibrate(pl_module.decoder, batches, run=pl_module.decode)
 
 
 class RunSummary(pl.Callback):

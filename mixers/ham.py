@@ -100,13 +100,15 @@ class HAM(GatedDeltaNet):
         scores = self.router(inputs).float()
         if self.training:
             self.threshold.observe(self.layer_index, scores)
-        tau = self.threshold.tau().expand(self.num_heads)
-        stored = scores > tau
+        tau = bar = self.threshold.tau().expand(self.num_heads)
+        if self.training and self.threshold.usages is not None:
+            bar = self.threshold.tau_per_sequence(cu_seqlens)
+        stored = scores > bar
         v, aux_loss = m.v, None
         if self.training:
             aux_loss = _sum(self.router.loss(inputs, scores), self.threshold.loss(scores))
             if self.router.trained_by_gate or self.threshold.trained_by_gate:
-                v = v * _straight_through(scores, tau).to(v.dtype)[..., None]
+                v = v * _straight_through(scores, bar).to(v.dtype)[..., None]
 
         a, kv = self._attend(q, m.k, v, stored, state, cu_seqlens)
         hidden = self.out(self._combine(x, self.norm(m.read), a).flatten(2) * F.silu(self.gate(x)))

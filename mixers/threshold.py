@@ -7,6 +7,7 @@ keeps a table of quantiles of the scores seen in training, so that the KV usage 
 import math
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,7 @@ class Threshold(nn.Module):
         self._pending: dict[int, Tensor] = {}  # layer -> scores (tokens, H) of the step under way
         self._checked = False
         self._shared = False  # by several layers
+        self.usages: Tensor | None = None  # of the sequences of a training step, see `usage_per_sequence`
 
     def _apply(self, fn, recurse=True):
         """Follow the model to its device, but stay in float32: a table in bfloat16 cannot tell scores apart."""
@@ -73,8 +75,7 @@ class Threshold(nn.Module):
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        elsewhere = self._shared and any(name.endswith("threshold.table") for name in state_dict)
-        if f"{prefix}table" in state_dict or not elsewhere:
+        if not self._shared or any(name.startswith(prefix) for name in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _settle(self) -> None:
@@ -96,6 +97,18 @@ class Threshold(nn.Module):
     def between(self) -> Tensor:
         """The threshold at a usage strictly between 0 and 1."""
         raise NotImplementedError
+
+    def tau_per_sequence(self, cu_seqlens: Tensor | None) -> Tensor:
+        """tau from the table at each sequence's own usage, for scores (B, T, H): (N, 1, groups), or (1, T, groups) of
+        packed sequences."""
+        usages = self.usages.to(self.table)
+        place = (1 - usages) * (LEVELS - 1)
+        low = place.long().clamp(max=LEVELS - 2)
+        tau = torch.lerp(self.table[:, low], self.table[:, low + 1], place - low).T  # (N, groups)
+        tau = tau.masked_fill((usages == 0)[:, None], math.inf).masked_fill((usages == 1)[:, None], -math.inf)
+        if cu_seqlens is None:
+            return tau[:, None]
+        return tau.repeat_interleave(cu_seqlens.long().diff(), 0)[None]
 
     def set_usage(self, kv_usage: float) -> None:
         """Change the usage to aim at."""
@@ -276,6 +289,24 @@ def set_kv_usage(model: nn.Module, kv_usage: float) -> None:
         raise SpecError("the model has no KV usage to set: none of its mixers routes tokens")
     for threshold in found:
         threshold.set_usage(kv_usage)
+
+
+@contextmanager
+def usage_per_sequence(model: nn.Module, usages: Tensor) -> Iterator[None]:
+    """Within it, a training step holds each sequence to its own KV usage, so that one model learns to do with any.
+
+    Args:
+        model: any module with thresholds; those that follow no usage (`fixed`) stay as they are.
+        usages: (N,) in [0, 1], one for every sequence of the batch, packed ones counted one by one.
+    """
+    found = [threshold for threshold in thresholds_of(model) if threshold.follows_usage]
+    for threshold in found:
+        threshold.usages = usages
+    try:
+        yield
+    finally:
+        for threshold in found:
+            threshold.usages = None
 
 
 def share_threshold(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ import yaml
 from mixers.registry import SpecError, parse_pattern, unknown
 
 HERE = Path(__file__).parent
-GRID = ("mixer", "router", "kv_usage", "scope", "combine")
+GRID = ("mixer", "router", "kv_usage", "scope", "combine", "budget")
 QUICK = {"steps": 150, "seeds": 2, "data": {"num_pairs": 24, "num_test": 256}}
 
 Spec = str | dict[str, Any]
@@ -31,6 +31,7 @@ def compare(
     model_options: dict[str, Any] | None = None,
     steps: int = 300,
     seeds: int = 5,
+    test_usages: list[float] | None = None,
     jobs: int = 0,
     quick: bool = False,
     out: str = "runs/compare",
@@ -41,8 +42,8 @@ def compare(
     goes on, and a longer one adds to a shorter.
 
     Args:
-        contestants: YAML file, or list of {mixer, router, kv_usage, scope, combine, label}; lists of routers, usages,
-            scopes or combines stand for all of them. Default: those of recipes/contestants/mqar.yaml.
+        contestants: YAML file, or list of {mixer, router, kv_usage, scope, combine, budget, label}; lists of them, but
+            for labels, stand for all combinations. Default: those of recipes/contestants/mqar.yaml.
         mixers: in place of contestants: names, patterns such as gdn*3,attention, or class paths.
         routers: for each of these mixers that takes one.
         kv_usages: for each of these mixers that takes one.
@@ -51,10 +52,12 @@ def compare(
         model_options: of the model, such as {dim: 64, depth: 2, learning_rate: 0.006}.
         steps: training steps of every run.
         seeds: runs of every contestant; seed i draws the same data for all.
+        test_usages: KV usages at which each trained model that has one is tested as well; they are drawn in curve.png.
         jobs: runs side by side, one thread each; 0 is the number of cores.
         quick: a smaller task and fewer contestants: an answer in about 5 minutes on two cores.
         out: folder for runs.jsonl, results.json, table.md and plot.png.
     """
+    from mixers.threshold import check_usage
     from recipes.compare_report import report
 
     settings = {
@@ -63,6 +66,8 @@ def compare(
         "model_options": model_options or {},
         "steps": QUICK["steps"] if quick and steps == 300 else steps,
     }
+    if test_usages:
+        settings["test_usages"] = [check_usage(usage) for usage in test_usages]
     if mixers:
         contestants = [{"mixer": mixer} for mixer in mixers]
         contestants = [c | _grid_options(c["mixer"], routers, kv_usages) for c in contestants]

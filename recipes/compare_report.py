@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from recipes.compare_curve import curve_table, draw_curves
 from recipes.results import markdown_table, stamp, write_json
 
 CONTROLS = ("random", "recency", "static")
@@ -20,11 +21,12 @@ def report(rows: list[Row], settings: dict[str, Any], folder: Path) -> None:
     by_label: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_label[row["label"]].append(row)
-    text = "\n\n".join(part for part in (table(by_label), paired(rows)) if part)
+    text = "\n\n".join(part for part in (table(by_label), paired(rows), curve_table(by_label)) if part)
     stamped = stamp()  # before the repository is dirty with these files
     (folder / "table.md").write_text(text + "\n")
     write_json(folder / "results.json", stamped | {"settings": settings, "runs": rows})
     draw(rows, folder / "plot.png")
+    draw_curves(by_label, folder / "curve.png")
     print(
         f"\n{settings['data']}, {settings['steps']} steps, {settings['data_options']}\n\n{text}\n\nwritten to {folder}/"
     )

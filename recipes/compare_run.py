@@ -15,6 +15,7 @@ from lit_modules.callbacks import CalibrateThresholds
 from lit_modules.data import DATA, MODELS
 from mixers.base import kv_cache_bytes, state_bytes
 from mixers.registry import SpecError, unknown
+from mixers.threshold import set_kv_usage, thresholds_of
 from recipes.results import commit
 
 METRIC = {"mqar": "accuracy", "classification": "accuracy", "text": "bits_per_byte"}
@@ -37,11 +38,10 @@ def build(run: dict[str, Any]) -> tuple[SequenceModule, pl.LightningDataModule]:
     try:
         data = data_class(seed=run["seed"], **DATA_DEFAULTS.get(name, {}) | run["data_options"])
         sizes = {key: getattr(data, key) for key in ("vocab_size", "num_classes") if hasattr(data, key)}
-        model = model_class(
-            mixer=with_options(run["mixer"], **run["options"]),
-            **sizes,
-            **MODEL_DEFAULTS.get(name, {}) | run["model_options"],
-        )
+        options = MODEL_DEFAULTS.get(name, {}) | run["model_options"]
+        if "budget" in (mixer_options := dict(run["options"])):
+            options["budget"] = mixer_options.pop("budget")
+        model = model_class(mixer=with_options(run["mixer"], **mixer_options), **sizes, **options)
     except TypeError as error:
         raise SpecError(str(error)) from error
     return model, data
@@ -70,18 +70,35 @@ def train(run: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     trainer.fit(model, data)
     seconds = time.perf_counter() - start
-    tested = {name.removeprefix("test/"): value for name, value in trainer.test(model, data, verbose=False)[0].items()}
+    tested = _test(trainer, model, data)
+    split = {name: value for name, value in model.last_usage.items() if "head" in name}
     batch = next(iter(data.test_dataloader()))
     return run | {
         "metric": METRIC[run["data"]],
         **tested,
-        **{name: value for name, value in model.last_usage.items() if "head" in name},
+        **split,
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": round(seconds, 1),
         **remembered(model, batch),
         "backends": dict(CHOSEN),
         "commit": commit(),
+        **_curve(trainer, model, data, run.get("test_usages", [])),
     }
+
+
+def _test(trainer: pl.Trainer, model: SequenceModule, data: pl.LightningDataModule) -> dict[str, float]:
+    return {name.removeprefix("test/"): value for name, value in trainer.test(model, data, verbose=False)[0].items()}
+
+
+def _curve(trainer: pl.Trainer, model: SequenceModule, data, usages: list[float]) -> dict[str, list[dict[str, float]]]:
+    """The trained model tested at other KV usages, from the one table that training left."""
+    if not usages or next(thresholds_of(model), None) is None:
+        return {}
+    points = []
+    for usage in usages:
+        set_kv_usage(model, usage)
+        points.append({"asked": usage} | {k: v for k, v in _test(trainer, model, data).items() if "layer" not in k})
+    return {"curve": points}
 
 
 @torch.no_grad()

@@ -25,11 +25,17 @@ DATA_MODULES = Registry(
 )
 
 # Short flags that are only shorter.
-RENAMED = {"--kv_usage": "--model.kv_usage", "--steps": "--trainer.max_steps", "--seed": "--seed_everything"}
+RENAMED = {
+    "--kv_usage": "--model.kv_usage",
+    "--budget": "--model.budget",
+    "--steps": "--trainer.max_steps",
+    "--seed": "--seed_everything",
+}
 HELP = {
     "--mixer NAME": "a recipe or mixer (`python -m recipes ls`), a pattern such as gdn*3,attention, or a class path",
     "--router NAME": "of a mixer that has one: a router's name or class path",
     "--kv_usage U": "share of the tokens that are stored, 0..1; with --ckpt_path too",
+    "--budget any": "train for every KV usage at once; set one afterwards",
     "--data NAME": "text, mqar, classification, or the class path of a data module",
     "--steps N": "training steps",
     "--seed N": "seed of the initial weights (--data.seed: of the data)",

@@ -7,10 +7,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn import functional as F
 
 from lit_modules import language_model
+from lit_modules.base import draw_usages
 from lit_modules.callbacks import RNGState
 from lit_modules.data.text import TextData
 from lit_modules.language_model import LanguageModel
 from mixers import SpecError
+from mixers.threshold import thresholds_of
 
 
 def test_loss_leaves_out_what_is_not_asked(make_model):
@@ -156,3 +158,26 @@ def test_the_command_line_sees_every_option():
     model = parser.parse_args(flags).model
     assert (model.vocab_size, model.dim, model.mixer) == (9, 8, "gdn*3,attention")
     assert {"kv_usage", "learning_rate", "betas", "warmup_steps", "schedule"} <= set(model.keys())
+
+
+def test_a_model_for_every_budget_draws_a_usage_for_each_sequence(make_model, make_mqar, make_trainer):
+    usages = draw_usages(100_000)
+    assert usages.min() == 0 and usages.max() == 1
+    for share in (usages == 0, usages == 1):
+        assert share.float().mean().item() == pytest.approx(0.25, abs=0.01)
+    seen = []
+    model = make_model(budget="any")
+    forward = model.decoder.forward
+
+    def spy(*args, **options):
+        seen.append(next(thresholds_of(model)).usages)
+        return forward(*args, **options)
+
+    model.decoder.forward = spy
+    make_trainer(max_steps=3).fit(model, make_mqar())
+    assert all(u is not None and u.shape == (len(u),) for u in seen[:3]) and not torch.equal(seen[0], seen[1])
+    seen.clear()
+    make_trainer().test(model, make_mqar(), verbose=False)
+    assert seen and all(u is None for u in seen)
+    with pytest.raises(SpecError, match="unknown budget 'all'; known: fixed, any"):
+        make_model(budget="all")

@@ -121,3 +121,24 @@ def test_a_mistake_is_named_before_anything_is_written(arguments, message, tmp_p
     with pytest.raises(SpecError, match=message):
         compare(**arguments, out=str(out))
     assert not out.exists()
+
+
+def test_a_trained_model_is_tested_at_other_usages_too(tmp_path, run):
+    cell = "{mixer: {name: ham, num_heads: 2, head_dim: 4}, router: [cosine], budget: [fixed, any]}"
+    contestants = tmp_path / "cells.yaml"
+    contestants.write_text(f"contestants: [{cell}, {{mixer: {{name: gdn, num_heads: 2, head_dim: 4}}}}]")
+    out = tmp_path / "out"
+    line = (
+        f"compare --contestants {contestants} --test_usages [0,0.5,1] --steps 4 --seeds 1 --jobs 1 --out {out}"
+        " --data_options.num_pairs 4 --data_options.num_test 8 --model_options.dim 16"
+    )
+    result = run(line)
+    assert result.code == 0 and "accuracy when tested at" in result.out
+    rows = {row["label"]: row for row in json.loads((out / "results.json").read_text())["runs"]}
+    assert list(rows) == ["ham cosine fixed", "ham cosine any", "gdn"]
+    for label in ("ham cosine fixed", "ham cosine any"):
+        curve = rows[label]["curve"]
+        assert [point["asked"] for point in curve] == [0, 0.5, 1]
+        assert curve[0]["kv_usage"] == 0 and curve[2]["kv_usage"] == 1
+    assert "curve" not in rows["gdn"] and (out / "curve.png").stat().st_size > 5000
+    assert "kv_usage must be a number from 0 to 1, got 2" in run(f"{line} --test_usages [2]").error
