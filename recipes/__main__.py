@@ -21,11 +21,13 @@ COMMANDS = {
     "cost": ("recipes.cost_model:cost", "operations and bytes of every kernel, and their least time on a named GPU"),
     "doctor": ("recipes.doctor:doctor", "is this machine ready; are the kernels right on it"),
     "generate": ("recipes.generate:generate", "text from a checkpoint at any KV usage"),
+    "calibrate": ("recipes.calibrate:calibrate", "refit a checkpoint's KV thresholds to text of your own"),
+    "export": ("recipes.export:export", "write a checkpoint as a Hugging Face model"),
     "figures": ("recipes.figures:figures", "draw what a checkpoint keeps of a text"),
     "ls": ("recipes.listing:ls", "the mixers, routers, thresholds, data and recipes there are"),
     "show": ("recipes.listing:show", "what one of them is, and its options"),
 }
-FUNCTIONS = ("compare", "bench", "cost", "doctor", "generate", "figures")
+FUNCTIONS = ("compare", "bench", "cost", "doctor", "generate", "calibrate", "export", "figures")
 
 
 def usage() -> str:

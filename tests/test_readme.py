@@ -30,6 +30,17 @@ def test_the_router_example_works_by_path_and_by_name(tmp_path, monkeypatch):
         assert out.routing.scores.shape == (1, 6, 2) and out.routing.scores.isfinite().all()
 
 
+def test_the_swap_example_runs(tmp_path, monkeypatch):
+    code = next(block for block in PYTHON if "swap_mixers" in block)
+    assert len(code.strip().splitlines()) <= 18
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code, names)
+    mixers = [layer.self_attn.mixer for layer in names["model"].model.layers]
+    assert [type(mixer).__name__ for mixer in mixers] == ["HAM", "HAM"]
+    assert mixers[0].threshold is mixers[1].threshold and mixers[0].threshold.steps > 0
+
+
 def test_every_picture_and_file_that_is_named_exists():
     root = Path(__file__).parents[1]
     for path in re.findall(r"\]\(([\w./-]+)\)", README):

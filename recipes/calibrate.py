@@ -1,0 +1,75 @@
+"""Fitting a checkpoint's KV thresholds to data of one's own."""
+
+from itertools import islice
+from pathlib import Path
+
+from mixers.registry import SpecError
+
+
+def calibrate(
+    ckpt_path: str = "last",
+    text: list[str] | None = None,
+    kv_usage: float | None = None,
+    batches: int = 32,
+    out: str = "",
+    root: str = "runs",
+) -> None:
+    """Refits the thresholds of a byte-level language model to text, prints the usage before and after, and writes the
+    checkpoint anew. Weights stay as they are.
+
+    Args:
+        ckpt_path: the checkpoint; "last" is that of the newest run.
+        text: files or folders; default: the training text of the checkpoint's own recipe.
+        kv_usage: usage to hold, 0..1; default: as trained.
+        batches: of 8192 bytes, at most.
+        out: file to write; default: beside the checkpoint, `<name>-calibrated.ckpt`.
+        root: folder of runs, for "last".
+    """
+    import torch
+
+    import mixers
+    from lit_modules.data.text import TextData
+    from mixers.threshold import thresholds_of
+    from recipes.checkpoints import find, read
+    from recipes.generate import load
+
+    if batches < 1:
+        raise SpecError(f"batches must be at least 1, got {batches}")
+    path = find(ckpt_path, root=Path(root), name="*")
+    model = load(str(path), root=root, kv_usage=kv_usage)
+    if next(thresholds_of(model), None) is None:
+        raise SpecError(f"{path}: the model has no KV threshold to calibrate")
+    own = read(path).recipe.get("data", {}).get("init_args", {}).get("paths")
+    data = TextData(batch_tokens=8192, **({"paths": text or own} if text or own else {}))
+    data.setup("fit")
+    device = model.decoder.embedding.weight.device
+    some = [
+        {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+        for batch in islice(data.train_dataloader(), batches)
+    ]
+    before = _usage(model, some)
+    mixers.calibrate(model.decoder, some, run=model.decode)
+    asked = next(thresholds_of(model)).kv_usage
+    target = Path(out) if out else path.resolve().with_name(f"{path.stem}-calibrated.ckpt")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint["state_dict"] = model.cpu().state_dict()
+    checkpoint["hyper_parameters"]["kv_usage"] = asked
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_suffix(".part")
+    torch.save(checkpoint, part)
+    part.replace(target)
+    print(f"KV usage on {len(some)} batches: {before:.3f}, now {_usage(model, some):.3f} for {asked:g}; {target}")
+
+
+def _usage(model, batches) -> float:
+    import torch
+
+    kept = tokens = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            batch = {name: x.to(model.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+            for routing in model.eval().decode(batch).routing:
+                if routing is not None:
+                    kept += float(routing.kept.sum())
+                    tokens += float(routing.lengths.sum()) * len(routing.kept)
+    return kept / tokens

@@ -1,0 +1,49 @@
+"""A checkpoint of ours as a Hugging Face model: safetensors, config, and a line of code that finds the class."""
+
+from pathlib import Path
+
+from mixers.registry import SpecError
+
+
+def export(ckpt_path: str = "last", out: str = "", kv_usage: float | None = None, root: str = "runs") -> None:
+    """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads, once `mixers.hf` is imported or with
+    `trust_remote_code=True`.
+
+    Args:
+        ckpt_path: checkpoint of a language model; "last" is that of the newest run.
+        out: folder to write, which must not exist or be empty.
+        kv_usage: stored tokens / tokens, 0..1, that the exported model starts with; default: as trained.
+        root: folder of runs, for "last".
+    """
+    if not out:
+        raise SpecError("give --out, the folder to write")
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SpecError(f"--out {out} exists and is not an empty folder")
+    from recipes.checkpoints import find, read
+
+    path = find(ckpt_path, root=Path(root), name="*")
+    saved = read(path)
+    if "vocab_size" not in saved.hparams or "num_classes" in saved.hparams:
+        raise SpecError(f"{path} is no language model")
+    try:
+        from mixers.hf import MixerConfig, MixerForCausalLM
+    except ImportError as error:
+        raise SpecError(f"export needs transformers 5: pip install 'lightning-mixers[hf]' ({error})") from error
+    from lit_modules.base import with_options
+    from lit_modules.language_model import LanguageModel
+
+    model = LanguageModel.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    hparams = model.hparams
+    usage = hparams.kv_usage if kv_usage is None else kv_usage
+    keys = ("vocab_size", "dim", "depth", "mlp_ratio", "tie_embeddings")
+    mixer = with_options(hparams.mixer, router=hparams.router, kv_usage=usage)
+    ours = MixerForCausalLM(MixerConfig(mixer=mixer, **{key: hparams[key] for key in keys}))
+    ours.decoder.load_state_dict(model.decoder.state_dict())
+    ours.save_pretrained(folder)
+    size = sum(p.numel() for p in ours.parameters())
+    print(f"{path}: {size:,} parameters written to {folder}/\n")
+    print(
+        "import mixers.hf\nfrom transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    )
