@@ -23,11 +23,12 @@ COMMANDS = {
     "generate": ("recipes.generate:generate", "text from a checkpoint at any KV usage"),
     "calibrate": ("recipes.calibrate:calibrate", "refit a checkpoint's KV thresholds to text of your own"),
     "export": ("recipes.export:export", "write a checkpoint as a Hugging Face model"),
+    "sweep": ("recipes.sweep:sweep", "test checkpoints at many KV usages: what each budget costs"),
     "figures": ("recipes.figures:figures", "draw what a checkpoint keeps of a text"),
     "ls": ("recipes.listing:ls", "the mixers, routers, thresholds, data and recipes there are"),
     "show": ("recipes.listing:show", "what one of them is, and its options"),
 }
-FUNCTIONS = ("compare", "bench", "cost", "doctor", "generate", "calibrate", "export", "figures")
+FUNCTIONS = ("compare", "bench", "cost", "doctor", "generate", "calibrate", "export", "sweep", "figures")
 
 
 def usage() -> str:

@@ -32,7 +32,7 @@ def test_the_router_example_works_by_path_and_by_name(tmp_path, monkeypatch):
 
 def test_the_swap_example_runs(tmp_path, monkeypatch):
     code = next(block for block in PYTHON if "swap_mixers" in block)
-    assert len(code.strip().splitlines()) <= 18
+    assert len(code.strip().splitlines()) <= 15
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(code, names)

@@ -1,0 +1,100 @@
+"""Trained models along the dial: loss and accuracy at many KV usages, and the curve of what each budget costs."""
+
+import importlib
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+from mixers.registry import SpecError
+
+USAGES = [0.0, 0.0625, 0.125, 0.25, 0.5, 0.75, 1.0]
+
+
+def sweep(
+    ckpt_paths: list[str] | None = None,
+    kv_usages: list[float] | None = None,
+    out: str = "runs/sweep",
+    root: str = "runs",
+) -> None:
+    """Tests checkpoints at several KV usages, each on the test split of the data it was trained on.
+
+    The thresholds are read from the table that training left; `recipes calibrate` would fit them anew.
+
+    Args:
+        ckpt_paths: one or several, such as one model trained with `--budget any` and some trained at a usage; "last" is
+            that of the newest run, and the default.
+        kv_usages: stored tokens / tokens, 0..1. Default: 0, 1/16, 1/8, 1/4, 1/2, 3/4, 1.
+        out: folder for results.json, table.md and curve.png.
+        root: folder of runs, for "last".
+    """
+    from tqdm import tqdm
+
+    from mixers.threshold import check_usage
+    from recipes.checkpoints import find, read
+    from recipes.compare_curve import curve_table, draw_curves
+    from recipes.results import stamp, write_json
+
+    usages = [check_usage(usage) for usage in kv_usages or USAGES]
+    found = [read(find(path, root=Path(root), name="*")) for path in ckpt_paths or ["last"]]
+    loaded = [_load(saved) for saved in found]
+    metrics = {metric for *_, metric in loaded}
+    if len(metrics) > 1:
+        raise SpecError(f"the checkpoints are of different tasks: {', '.join(sorted(metrics))}")
+    rows = []
+    with tqdm(total=len(found) * len(usages), unit="test") as bar:
+        for saved, (model, data, metric) in zip(found, loaded, strict=True):
+            points = []
+            for usage in usages:
+                bar.set_postfix_str(f"{saved.path.parents[1].name} at {usage:g}")
+                points.append({"asked": usage} | _test(model, data, usage))
+                bar.update()
+            own = _test(model, data, None)
+            options = {"budget": model.hparams.get("budget", "fixed")}
+            label = f"{saved.path.parents[1].name} ({'any budget' if options['budget'] == 'any' else 'fixed'})"
+            row = {"label": label, "ckpt_path": str(saved.path), "metric": metric, "options": options, "curve": points}
+            rows.append(row | own)
+    by_label = {row["label"]: [row] for row in rows}
+    folder, stamped = Path(out), stamp()
+    folder.mkdir(parents=True, exist_ok=True)
+    text = curve_table(by_label)
+    (folder / "table.md").write_text(text + "\n")
+    write_json(folder / "results.json", stamped | {"kv_usages": usages, "runs": rows})
+    draw_curves(by_label, folder / "curve.png")
+    print(f"\n{text}\n\nwritten to {folder}/")
+
+
+def _load(saved) -> tuple[Any, Any, str]:
+    """(model, data, metric) of a checkpoint."""
+    from lit_modules.language_model import BYTES
+    from mixers.threshold import thresholds_of
+
+    if not saved.model_class or not saved.data:
+        raise SpecError(f"{saved.path} does not say what it was trained on; `recipes fit` writes checkpoints that do")
+    model_class, data_class = (_import(path) for path in (saved.model_class, saved.data))
+    model = model_class.load_from_checkpoint(saved.path, map_location="cpu", weights_only=True)
+    if next(thresholds_of(model), None) is None:
+        raise SpecError(f"{saved.path}: the model has no KV usage to set")
+    model.trained_usage = next(thresholds_of(model)).kv_usage
+    data = data_class(**saved.recipe["data"].get("init_args", {}))
+    return model, data, "bits_per_byte" if saved.hparams.get("vocab_size") == BYTES else "accuracy"
+
+
+def _test(model, data, usage: float | None) -> dict[str, float]:
+    """Metrics at a usage, or at that of training."""
+    import lightning.pytorch as pl
+
+    from mixers.threshold import set_kv_usage
+
+    set_kv_usage(model, model.trained_usage if usage is None else usage)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = pl.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, devices=1)
+        values = trainer.test(model, data, verbose=False)[0]
+    return {name.removeprefix("test/"): value for name, value in values.items() if "layer" not in name}
+
+
+def _import(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
