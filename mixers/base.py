@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.sequences import check_cu_seqlens
+from mixers.bounded_cache import BoundedCache
 from mixers.kv_cache import KVCache
 
 
@@ -15,7 +16,8 @@ class Routing:
     """What a router and its threshold decided; H is the number of heads with a memory of their own.
 
     scores (B, T, H) float32, `stored` (B, T, H) bool, `tau` (H,) float32, `g` (B, T, H) float32 log-decay of the
-    memory, `lengths` (N,) int64 tokens of every sequence; the last `window` tokens are kept, stored or not.
+    memory, `lengths` (N,) int64 tokens of every sequence; the last `window` tokens are kept, stored or not; of the
+    stored tokens of a head at most `limit` are kept, if that is not 0.
     """
 
     scores: Tensor
@@ -24,10 +26,15 @@ class Routing:
     g: Tensor
     lengths: Tensor
     window: int = 0
+    limit: int = 0
 
     @property
     def kept(self) -> Tensor:
         """Tokens (H,) float that the cache holds when every sequence has been read."""
+        if self.limit:
+            packed = len(self.lengths) != len(self.stored)
+            rows = self.stored[0].split(self.lengths.tolist()) if packed else self.stored
+            return sum(row.sum(0).clamp(max=self.limit) for row in rows).float()
         stored = self.stored.float().sum((0, 1))
         if self.window:
             # a router with a window stores nothing else, so the two parts do not overlap
@@ -47,7 +54,7 @@ class MixerState:
     length: Tensor  # (N,) int64
     recurrent: Tensor | None = None  # (N, H, K, V) float32, or float64 in a float64 model
     conv: Tensor | None = None  # (N, taps - 1, channels)
-    kv: KVCache | None = None
+    kv: KVCache | BoundedCache | None = None
 
     def map(self, function: Any) -> "MixerState":
         """A new state, `function` applied to every tensor."""
@@ -69,7 +76,7 @@ class MixerState:
 def _map(value: Any, function: Any) -> Any:
     if value is None:
         return None
-    return value.map(function) if isinstance(value, KVCache) else function(value)
+    return value.map(function) if isinstance(value, KVCache | BoundedCache) else function(value)
 
 
 @dataclass

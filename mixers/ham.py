@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from kernels.routed_attention import routed_attention
 from kernels.sequences import pad_packed, positions_in, real_tokens, unpad
 from mixers.base import MixerOutput, MixerState, Routing
+from mixers.bounded_cache import BoundedCache
 from mixers.gated_delta_net import GatedDeltaNet, new_tokens
 from mixers.kv_cache import KVCache
 from mixers.memory import MemoryRead
@@ -40,6 +41,8 @@ class HAM(GatedDeltaNet):
         threshold: spec of the threshold.
         scope: of the threshold: `model`, `layer` or `head`.
         combine: `sum` or `gates`, how the two read-outs become one.
+        max_tokens: stored tokens that a head keeps of a sequence, the best by score; 0 keeps all. It bounds memory, not
+            time: attention then looks at every pair of a block.
         attention_backend: of `kernels.routed_attention`.
         options: of `gated_delta_net`; `rule` picks the recurrence.
     """
@@ -53,6 +56,7 @@ class HAM(GatedDeltaNet):
         threshold: str | dict = "calibrated",
         scope: str = "model",
         combine: str = "gates",
+        max_tokens: int = 0,
         attention_backend: str = "auto",
         **options,
     ) -> None:
@@ -61,7 +65,9 @@ class HAM(GatedDeltaNet):
             raise SpecError("mixer 'ham' needs the memory's prediction, which backend 'fla' does not give")
         if combine not in ("sum", "gates"):
             raise unknown("combine", combine, ("sum", "gates"), of=" for mixer 'ham'")
-        self.combine, self.attention_backend = combine, attention_backend
+        if max_tokens < 0:
+            raise SpecError(f"max_tokens must be 0 (no limit) or a number of tokens, got {max_tokens}")
+        self.combine, self.max_tokens, self.attention_backend = combine, max_tokens, attention_backend
         for option in ("kv_usage", "scope"):
             if option in parse_spec(threshold):
                 raise SpecError(f"{option!r} is an option of mixer 'ham', not of its threshold")
@@ -88,7 +94,11 @@ class HAM(GatedDeltaNet):
     ) -> MixerState:
         state = super().init_state(batch_size, device, dtype)
         sizes = batch_size, self.num_heads, self.memory.head_dim, self.memory.value_dim
-        state.kv = KVCache.empty(*sizes, dtype=state.conv.dtype, device=state.conv.device)
+        like = dict(dtype=state.conv.dtype, device=state.conv.device)
+        if self.max_tokens:
+            state.kv = BoundedCache.empty(*sizes, limit=self.max_tokens, **like)
+        else:
+            state.kv = KVCache.empty(*sizes, **like)
         return state
 
     def mix(self, x: Tensor, state: MixerState | None, cu_seqlens: Tensor | None) -> MixerOutput:
@@ -110,12 +120,16 @@ class HAM(GatedDeltaNet):
             if self.router.trained_by_gate or self.threshold.trained_by_gate:
                 v = v * _straight_through(scores, bar).to(v.dtype)[..., None]
 
-        a, kv = self._attend(q, m.k, v, stored, state, cu_seqlens)
+        if self.max_tokens:
+            a, kv = self._attend_bounded(q, m.k, v, scores.masked_fill(~stored, -math.inf), state, cu_seqlens)
+        else:
+            a, kv = self._attend(q, m.k, v, stored, state, cu_seqlens)
         hidden = self.out(self._combine(x, self.norm(m.read), a).flatten(2) * F.silu(self.gate(x)))
 
         new = torch.as_tensor(new_tokens(x, cu_seqlens), device=x.device)
         lengths = new.expand(len(x)) if cu_seqlens is None else new
-        routing = Routing(scores, stored, tau, m.g.float(), lengths, self.router.window(self.kv_usage))
+        window = self.router.window(self.kv_usage)
+        routing = Routing(scores, stored, tau, m.g.float(), lengths, window, self.max_tokens)
         if state is not None:
             state = MixerState(state.length + new, m.recurrent, m.conv, kv)
         return MixerOutput(hidden, state, routing, aux_loss)
@@ -151,6 +165,22 @@ class HAM(GatedDeltaNet):
             return a, state.kv.follow(k, v, stored, real, window)
         a, kv = state.kv.attend(q, k, v, stored, real, 1.0, window)
         return a if cu_seqlens is None else unpad(a, real), kv
+
+    def _attend_bounded(self, q, k, v, scores, state, cu_seqlens) -> tuple[Tensor, BoundedCache]:
+        if self.router.window(self.kv_usage):
+            raise SpecError("max_tokens and a router with a window do not go together")
+        real = None
+        if cu_seqlens is not None:
+            real = real_tokens(cu_seqlens)
+            q, k, v = (pad_packed(part, real) for part in (q, k, v))
+            scores = pad_packed(scores, real).masked_fill(~real[..., None], -math.inf)
+        if state is None:
+            sizes = len(q), self.num_heads, k.shape[-1], v.shape[-1]
+            cache = BoundedCache.empty(*sizes, limit=self.max_tokens, dtype=k.dtype, device=k.device)
+        else:
+            cache = state.kv
+        a, cache = cache.attend(q, k, v, scores, 1.0)
+        return a if real is None else unpad(a, real), cache
 
     def _combine(self, x: Tensor, r: Tensor, a: Tensor) -> Tensor:
         if self.combine == "sum":

@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from mixers import build_mixer, list_mixers, list_routers, set_kv_usage
+from mixers.bounded_cache import BoundedCache
 from mixers.ham import HAM
 from mixers.threshold import Fixed
 
@@ -21,6 +22,7 @@ HAMS = {
     "ham delta_net": {"rule": "delta_net"},
     "ham linear_attention": {"rule": "linear_attention", "router": "cosine"},
     "ham grouped": {"num_value_heads": 4, "value_dim": 3, "conv_size": 2},
+    "ham bounded": {"max_tokens": 4},
     "ham layer": {"scope": "layer"},
     "ham head": {"scope": "head"},
     "ham controlled": {"threshold": "controlled"},
@@ -84,6 +86,9 @@ def tensors_of(state):
 
 def entries_of(cache):
     """What a cache holds, sequence by sequence and head by head, wherever it lies."""
+    if isinstance(cache, BoundedCache):
+        there = cache.score > -torch.inf
+        return {"k": cache.k[there], "v": cache.v[there], "score": cache.score[there], "counts": cache.counts}
     k, v, there = cache.pages.rows(torch.arange(len(cache.pages.length)))
     found = {
         "k": k[there],

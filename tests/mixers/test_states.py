@@ -55,7 +55,7 @@ def test_a_bfloat16_model_keeps_its_memory_in_float32(case):
     if out.routing is not None:
         assert {x.dtype for x in (out.routing.scores, out.routing.tau, out.routing.g)} == {torch.float32}
     if out.state.kv is not None:
-        assert out.state.kv.pages.k.dtype == torch.bfloat16
+        assert getattr(out.state.kv, "pages", out.state.kv).k.dtype == torch.bfloat16
 
 
 @every_case
@@ -78,6 +78,12 @@ def test_the_cache_holds_what_was_stored_and_no_more(case):
     mixer = make(case, torch.float32)
     out = mixer(tokens(0, 3, 30, dtype=torch.float32), mixer.init_state(3))
     spec = CASES[case]
+    if isinstance(mixer, HAM) and mixer.max_tokens:
+        assert torch.equal(out.state.kv.counts, out.routing.stored.sum(1).clamp(max=mixer.max_tokens))
+        assert torch.equal(out.state.kv.counts.sum(0).float(), out.routing.kept)
+        most = int(out.state.kv.counts.max())
+        assert kv_cache_bytes(out.state) == 3 * mixer.num_heads * most * 4 * (4 + 4 + 1)  # key, value, score
+        return
     if isinstance(mixer, HAM):
         window = out.routing.window
         kept = out.routing.kept.long() - 3 * (0 < window <= 30)  # what no later token will see has left the window
@@ -150,6 +156,8 @@ class TestUsage:
         name = mixer.router.__class__.__name__
         if name == "Recency":  # the last tokens: as many as the cache's window has room for
             assert out.routing.window == (3 if case == "ham window" else 512)
+        elif mixer.max_tokens:
+            assert out.state.kv.counts.tolist() == [[mixer.max_tokens] * mixer.num_heads] * 2
         elif name != "Nothing":
             assert out.routing.stored.all()
             assert torch.equal(out.routing.usage, torch.ones(mixer.num_heads))
