@@ -11,6 +11,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+OURS = b"gated_delta_rule"
+"""In this file, and so in another copy of it along the path, such as that of a second checkout."""
+
 __path__ = pkgutil.extend_path(__path__, __name__)
 _other: ModuleType | None = None
 
@@ -19,7 +22,7 @@ def __getattr__(name: str) -> Any:
     global _other
     if _other is None:
         files = (Path(folder, "__init__.py") for folder in __path__)
-        file = next((file for file in files if file.is_file() and not file.samefile(__file__)), None)
+        file = next((file for file in files if file.is_file() and OURS not in file.read_bytes()), None)
         if file is None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         spec = importlib.util.spec_from_file_location(__name__, file, submodule_search_locations=__path__)

@@ -110,6 +110,13 @@ def test_ours_alone_has_no_other_names(tmp_path):
     run(OURS, NOTHING_ELSE, path=[ROOT], cwd=tmp_path)
 
 
+def test_a_second_checkout_of_ours_does_not_count_as_theirs(theirs, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT / "kernels", copy / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    run("from kernels import delta_rule", NOTHING_ELSE, path=[ROOT, copy], cwd=tmp_path)
+    run("import mixers", OURS, THEIRS_IN_USE, NOTHING_ELSE, path=[ROOT, copy, theirs], cwd=tmp_path)
+
+
 def test_their_package_is_not_imported_until_it_is_asked_for(theirs, tmp_path):
     untouched = "import sys; assert 'kernels.utils' not in sys.modules"
     run("import mixers", OURS_IN_USE, untouched, path=[ROOT, theirs], cwd=tmp_path)
