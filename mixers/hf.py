@@ -3,6 +3,7 @@
 Importing this module makes `AutoModelForCausalLM.from_pretrained(folder)` know our models; it needs transformers.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,9 @@ def swapped(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     class Swapped(cls):
         def __init__(self, config: PreTrainedConfig, *args: Any, **options: Any) -> None:
-            super().__init__(config, *args, **options)
+            config = copy.deepcopy(config)
             swaps, config.mixer_swaps = getattr(config, "mixer_swaps", []), []
+            super().__init__(config, *args, **options)
             for swap in swaps:
                 swap_mixers(self, swap["mixer"], where=swap["where"], layers=swap["layers"], carry_weights=False)
 

@@ -1,5 +1,6 @@
 """Mixers in models that people already have: attention out, a mixer in, in place."""
 
+import copy
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping
@@ -117,11 +118,18 @@ def _choose(model: nn.Module, where: str, layers: list[int] | None) -> list[tupl
 
 
 def _remember(model: nn.Module, spec: dict[str, Any], where: str, layers: list[int] | None) -> None:
-    """A Hugging Face config takes a note of the swap, by which `mixers.hf.swapped` builds the model again."""
-    config = getattr(model, "config", None)
-    if hasattr(config, "to_dict"):
-        swap = {"mixer": spec, "where": where, "layers": layers}
-        config.mixer_swaps = [*getattr(config, "mixer_swaps", []), swap]
+    """A Hugging Face config takes a note of the swap, by which `mixers.hf.swapped` builds the model again.
+
+    The note goes into a copy, as other models may have been built from the same config.
+    """
+    shared = getattr(model, "config", None)
+    if not hasattr(shared, "to_dict"):
+        return
+    config = copy.deepcopy(shared)
+    config.mixer_swaps = [*getattr(config, "mixer_swaps", []), {"mixer": spec, "where": where, "layers": layers}]
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = config
 
 
 def aux_loss(model: nn.Module) -> Tensor:

@@ -1,6 +1,5 @@
 """Saving, finding and loading the Hugging Face way; LoRA around a mixer."""
 
-import copy
 import subprocess
 import sys
 
@@ -87,7 +86,7 @@ def test_its_loss_is_that_of_shifted_labels():
 @pytest.mark.parametrize("layers", [None, [0, 2]])
 def test_a_swapped_model_is_saved_and_built_again(tmp_path, layers):
     torch.manual_seed(0)
-    model, x = LlamaForCausalLM(copy.deepcopy(LLAMA)), tokens(2, 30)
+    model, x = LlamaForCausalLM(LLAMA), tokens(2, 30)
     swap_mixers(model, "ham", where="*.self_attn", layers=layers, kv_usage=0.5)
     if layers:
         swap_mixers(model, "gdn", where="*.self_attn", layers=[1])
@@ -96,6 +95,8 @@ def test_a_swapped_model_is_saved_and_built_again(tmp_path, layers):
     again = swapped(LlamaForCausalLM).from_pretrained(tmp_path).eval()
     assert isinstance(again, LlamaForCausalLM) and again.config.architectures == ["LlamaForCausalLM"]
     assert again.config.mixer_swaps == model.config.mixer_swaps and len(again.config.mixer_swaps) == 1 + bool(layers)
+    twin = swapped(LlamaForCausalLM)(model.config)
+    assert twin.config.mixer_swaps == model.config.mixer_swaps, "the config that was given keeps its note"
     assert torch.equal(again(x).logits, model(x).logits)
     assert len(list(thresholds_of(again))) == 1
     set_kv_usage(again, 0)
@@ -104,7 +105,7 @@ def test_a_swapped_model_is_saved_and_built_again(tmp_path, layers):
 
 def test_lora_around_a_mixer(tmp_path):
     torch.manual_seed(0)
-    model, x = LlamaForCausalLM(copy.deepcopy(LLAMA)), tokens(2, 12)
+    model, x = LlamaForCausalLM(LLAMA), tokens(2, 12)
     swap_mixers(model, "ham", where="*.self_attn")
     before = model.eval()(x).logits
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["qkv", "out"], init_lora_weights=True))

@@ -35,10 +35,14 @@ MIXERS = {"ham": HAM, "gdn": "gdn", "attention": "attention", "window": {"name":
 every_decoder = pytest.mark.parametrize("host", DECODERS)
 
 
+def plain(host):
+    cls, config, where = DECODERS[host]
+    return cls(config), where
+
+
 def decoder(host, mixer=HAM, dtype=torch.float64, **options):
     torch.manual_seed(0)
-    cls, config, where = DECODERS[host]
-    model = cls(copy.deepcopy(config))
+    model, where = plain(host)
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
     swap_mixers(model, mixer, where=where, **options)
     return model.to(dtype).eval()
@@ -92,8 +96,7 @@ class TestDecoders:
         assert out.shape == (6, 9) and len(out.unique(dim=0)) > 2
 
     def test_weights_are_carried_and_the_report_says_which(self):
-        cls, config, where = DECODERS["llama"]
-        model = cls(copy.deepcopy(config))
+        model, where = plain("llama")
         theirs = copy.deepcopy(model.model.layers[1].self_attn)
         report = swap_mixers(model, "ham", where=where)
         ours = model.model.layers[1].self_attn.mixer.projections()
@@ -105,18 +108,16 @@ class TestDecoders:
         }  # fmt: skip
         assert "4 modules replaced" in str(report) and "LlamaAttention: model.layers.0.self_attn" in str(report)
 
-        model = cls(copy.deepcopy(config))
-        report = swap_mixers(model, "gdn", where=where, value_dim=16, carry_weights=True)
+        report = swap_mixers(plain("llama")[0], "gdn", where=where, value_dim=16, carry_weights=True)
         assert report[0].weights["v"].startswith("new: (16, 32) there, (64, 32) here")
-        assert set(swap_mixers(cls(config), "gdn", where=where, carry_weights=False)[0].weights.values()) == {
-            "new: as asked"
-        }
+        report = swap_mixers(plain("llama")[0], "gdn", where=where, carry_weights=False)
+        assert set(report[0].weights.values()) == {"new: as asked"}
 
     def test_grouped_heads_stay_grouped_in_attention(self):
         """And then it is the very same function, positions and all."""
-        cls, config, where = DECODERS["llama"]
         torch.manual_seed(0)
-        model, x = cls(copy.deepcopy(config)).eval(), tokens(2, 9)
+        model, where = plain("llama")
+        model, x = model.eval(), tokens(2, 9)
         before = model(x).logits
         report = swap_mixers(model, "attention", where=where)
         assert set(report[0].weights.values()) == {"carried"}
@@ -126,9 +127,9 @@ class TestDecoders:
     @every_decoder
     def test_the_rows_of_every_head_are_carried_to_their_place(self, host):
         """Attention without positions: the host's values and outputs alone decide a sequence of one token."""
-        cls, config, where = DECODERS[host]
         torch.manual_seed(0)
-        model = cls(copy.deepcopy(config)).eval()
+        model, where = plain(host)
+        model.eval()
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.data.zero_()  # biases and norms' offsets, which are not carried
@@ -278,12 +279,18 @@ class TestMistakes:
         ],
     )
     def test_the_model_is_left_as_it_was(self, options, message):
-        cls, config, where = DECODERS["llama"]
-        model = cls(config)
+        model, where = plain("llama")
         with pytest.raises(SpecError, match=message):
             swap_mixers(model, **{"where": where} | options)
         assert not any(isinstance(module, Wrapper) for module in model.modules())
         assert not hasattr(model.config, "mixer_swaps")
+
+    def test_a_config_shared_with_another_model(self):
+        cls, config, where = DECODERS["llama"]
+        one, other = cls(config), cls(config)
+        swap_mixers(one, "gdn", where=where)
+        assert one.config.mixer_swaps and one.model.config is one.config and other.config is config
+        assert not hasattr(config, "mixer_swaps")
 
     def test_a_model_without_attention(self):
         with pytest.raises(SpecError, match="the model has no attention that we know"):
@@ -294,12 +301,11 @@ class TestMistakes:
         cache = one(x, use_cache=True).past_key_values
         with pytest.raises(ValueError, match="the cache is of another model: its layer 0 was filled by another mixer"):
             other(x, past_key_values=cache)
-        cls, config, _ = DECODERS["llama"]
-        plain = cls(config).double().eval()
+        attention = plain("llama")[0].double().eval()
         with pytest.raises(ValueError, match="the cache is of another model: keys were given"):
-            plain(x, past_key_values=cache)
+            attention(x, past_key_values=cache)
         with pytest.raises(ValueError, match="the cache is of another model: its layer 0 holds the keys"):
-            one(x, past_key_values=plain(x, use_cache=True).past_key_values)
+            one(x, past_key_values=attention(x, use_cache=True).past_key_values)
         with pytest.raises(ValueError, match="the cache is of 2 sequences, the input of 1"):
             one(x[:1], past_key_values=cache)
 
