@@ -8,9 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mixers.backbone import Decoder
@@ -111,6 +120,21 @@ class MixerForCausalLM(PreTrainedModel, GenerationMixin):
         }
         super().save_pretrained(folder, **options)
         (folder / "modeling_lightning_mixers.py").write_text(REMOTE)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of models that read UTF-8: byte b is token b. Padding and end of text are byte 0.
+
+    Byte 0 is a vocabulary entry under its own name, not under that of the byte-level alphabet ("Ā"), which texts use.
+    """
+    alphabet = bytes_to_unicode()
+    vocabulary = {"\0": 0} | {alphabet[byte]: byte for byte in range(1, 256)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="\0", pad_token="\0", clean_up_tokenization_spaces=False
+    )
 
 
 AutoConfig.register(MixerConfig.model_type, MixerConfig)

@@ -23,6 +23,7 @@ COMMANDS = {
     "generate": ("recipes.generate:generate", "text from a checkpoint at any KV usage"),
     "calibrate": ("recipes.calibrate:calibrate", "refit a checkpoint's KV thresholds to text of your own"),
     "export": ("recipes.export:export", "write a checkpoint as a Hugging Face model"),
+    "lm_eval": ("recipes.harness:lm_eval_command", "EleutherAI's harness on a checkpoint:  lm_eval --tasks lambada"),
     "sweep": ("recipes.sweep:sweep", "test checkpoints at many KV usages: what each budget costs"),
     "figures": ("recipes.figures:figures", "draw what a checkpoint keeps of a text"),
     "ls": ("recipes.listing:ls", "the mixers, routers, thresholds, data and recipes there are"),

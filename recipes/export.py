@@ -20,6 +20,20 @@ def export(ckpt_path: str = "last", out: str = "", kv_usage: float | None = None
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SpecError(f"--out {out} exists and is not an empty folder")
+    path, size = write(ckpt_path, folder, kv_usage, root)
+    print(f"{path}: {size:,} parameters written to {folder}/\n")
+    print(
+        "import mixers.hf\nfrom transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    )
+
+
+def write(ckpt_path: str, folder: Path, kv_usage: float | None = None, root: str = "runs") -> tuple[Path, int]:
+    """Writes the model, and its tokenizer if it reads bytes; returns the checkpoint's path and the parameters' number.
+
+    Raises:
+        SpecError: no such checkpoint, or not that of a language model; no transformers.
+    """
     from recipes.checkpoints import find, read
 
     path = find(ckpt_path, root=Path(root), name="*")
@@ -27,11 +41,11 @@ def export(ckpt_path: str = "last", out: str = "", kv_usage: float | None = None
     if "vocab_size" not in saved.hparams or "num_classes" in saved.hparams:
         raise SpecError(f"{path} is no language model")
     try:
-        from mixers.hf import MixerConfig, MixerForCausalLM
+        from mixers.hf import MixerConfig, MixerForCausalLM, byte_tokenizer
     except ImportError as error:
         raise SpecError(f"export needs transformers 5: pip install 'lightning-mixers[hf]' ({error})") from error
     from lit_modules.base import with_options
-    from lit_modules.language_model import LanguageModel
+    from lit_modules.language_model import BYTES, LanguageModel
 
     model = LanguageModel.load_from_checkpoint(path, map_location="cpu", weights_only=True)
     hparams = model.hparams
@@ -41,9 +55,6 @@ def export(ckpt_path: str = "last", out: str = "", kv_usage: float | None = None
     ours = MixerForCausalLM(MixerConfig(mixer=mixer, **{key: hparams[key] for key in keys}))
     ours.decoder.load_state_dict(model.decoder.state_dict())
     ours.save_pretrained(folder)
-    size = sum(p.numel() for p in ours.parameters())
-    print(f"{path}: {size:,} parameters written to {folder}/\n")
-    print(
-        "import mixers.hf\nfrom transformers import AutoModelForCausalLM\n"
-        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})"
-    )
+    if hparams.vocab_size == BYTES:
+        byte_tokenizer().save_pretrained(folder)
+    return path, sum(p.numel() for p in ours.parameters())

@@ -8,10 +8,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mixers import calibrate, set_kv_usage, swap_mixers
-from mixers.hf import MixerConfig, MixerForCausalLM, swapped
+from mixers.hf import MixerConfig, MixerForCausalLM, byte_tokenizer, swapped
 from mixers.threshold import thresholds_of
 
 LLAMA = LlamaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
@@ -115,3 +115,14 @@ def test_lora_around_a_mixer(tmp_path):
     adapted.train()(x, labels=x).loss.backward()
     assert all(p.grad.isfinite().all() for p in adapted.parameters() if p.requires_grad)
     assert adapted.eval().generate(input_ids=x, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 15)
+
+
+def test_a_token_is_a_byte(tmp_path):
+    """Also in texts with letters that the byte-level alphabet has names from."""
+    byte_tokenizer().save_pretrained(tmp_path)
+    text = "h\u00e9llo \u0100\u010a\n\tx , y <0x00>\0z \u4f60"
+    for tokenizer in (byte_tokenizer(), AutoTokenizer.from_pretrained(tmp_path)):
+        assert len(tokenizer) == 256
+        assert tokenizer(text)["input_ids"] == list(text.encode())
+        assert tokenizer.decode(list(text.encode())) == text
+        assert tokenizer(["a", "abc"], padding=True)["attention_mask"][0].count(0) == 2
