@@ -1,7 +1,7 @@
 """What a run says when it ends, and what makes it resume exactly."""
 
 import random
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from torch import Tensor
 
 from lit_modules.data.stream import longest_document
 from lit_modules.generation import generate
+from mixers.allocation import allocate
 from mixers.calibration import calibrate
 from mixers.threshold import thresholds_of
 
 say = rank_zero_only(print)
 PROMPT = 64
+TRIED = 4  # batches for each trial of an allocation
 
 
 class RNGState(pl.Callback):
@@ -57,15 +59,22 @@ class CalibrateThresholds(pl.Callback):
     """Fits the KV thresholds to training data once the weights are final, so that usage is the one asked for: the
     tables of training remember a few steps, of changing scores. Place it before what validates and saves.
 
-    The data are the first batches of a new training loader, so that a resumed run ends like an uninterrupted one.
+    The data are the first batches of a new training loader, so that a resumed run ends like an uninterrupted one. They
+    are run through the module's `decode` if it has one, else through its `forward`, which takes a batch then.
+
+    In a model trained for every budget, `mixers.allocate` fits the heads' shares before, through the module's `loss`.
 
     Args:
         batches: how many.
+        allocate: fit the heads' shares, too; default: of models trained with `budget: any`.
     """
 
-    def __init__(self, *, batches: int = 16) -> None:
-        self.batches = batches
+    def __init__(self, *, batches: int = 16, allocate: bool | None = None) -> None:
+        self.batches, self.allocate = batches, allocate
         self.done = False
+
+    def allocates(self, pl_module: pl.LightningModule) -> bool:
+        return pl_module.hparams.get("budget") == "any" if self.allocate is None else self.allocate
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.done = False
@@ -82,7 +91,11 @@ class CalibrateThresholds(pl.Callback):
         loader = trainer.train_dataloader if data is None else data.train_dataloader()
         batches = (trainer.strategy.batch_to_device(batch) for batch in islice(loader, self.batches))
         with trainer.precision_plugin.forward_context():
-            calibrate(pl_module.decoder, batches, run=pl_module.decode)
+            if self.allocates(pl_module):
+                few = [*islice(batches, TRIED)]
+                batches = chain(few, batches)
+                allocate(pl_module, few, pl_module.loss, progress=trainer.progress_bar_callback is not None)
+            calibrate(pl_module, batches, run=getattr(pl_module, "decode", None))
 
 
 class RunSummary(pl.Callback):

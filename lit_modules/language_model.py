@@ -72,6 +72,10 @@ class LanguageModel(SequenceModule):
         logits = self.decoder.logits(hidden).float()
         return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum"), logits.detach().argmax(-1)
 
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean loss of a batch in nats, float32 scalar."""
+        return self.token_loss(self.decode(batch).hidden, batch["targets"])[0]
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         out = self.decode(batch)
         loss, answers = self.token_loss(out.hidden, batch["targets"])

@@ -35,6 +35,10 @@ class SequenceClassifier(SequenceModule):
         mean = (hidden * real).sum(1) / real.sum(1).clamp(min=1)
         return self.classifier(mean).float()
 
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean loss of a batch in nats, float32 scalar."""
+        return F.cross_entropy(self.classify(self.decode(batch).hidden, batch.get("padding_mask")), batch["label"])
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         out = self.decode(batch)
         logits = self.classify(out.hidden, batch.get("padding_mask"))

@@ -19,6 +19,7 @@ _LAZY = {
     "kv_cache_bytes": "mixers.base",
     "Router": "mixers.routers.base",
     "RouterInputs": "mixers.routers.base",
+    "allocate": "mixers.allocation",
     "aux_loss": "mixers.swap",
     "swap_mixers": "mixers.swap",
     "calibrate": "mixers.calibration",

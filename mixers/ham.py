@@ -74,6 +74,7 @@ class HAM(GatedDeltaNet):
         heads = self.memory.num_states
         self.router = ROUTERS.build(router, dim, heads)
         self.threshold = THRESHOLDS.build(threshold, heads, kv_usage=kv_usage, scope=scope)
+        self.register_buffer("head_bias", torch.zeros(heads))  # of the scores; `mixers.allocate` sets it
         self.log_scale = nn.Parameter(torch.full((heads,), math.log(2 * math.sqrt(self.memory.head_dim))))  # s
         self.log_scale._no_weight_decay = True
         if combine == "gates":
@@ -107,7 +108,8 @@ class HAM(GatedDeltaNet):
         q = m.q * self.log_scale.exp().to(m.q.dtype)[:, None]
 
         inputs = self._router_inputs(x, q, m, state, cu_seqlens)
-        scores = self.router(inputs).float()
+        ranked = self.router(inputs).float()
+        scores = ranked + self.head_bias
         if self.training:
             self.threshold.observe(self.layer_index, scores)
         tau = bar = self.threshold.tau().expand(self.num_heads)
@@ -116,7 +118,7 @@ class HAM(GatedDeltaNet):
         stored = scores > bar
         v, aux_loss = m.v, None
         if self.training:
-            aux_loss = _sum(self.router.loss(inputs, scores), self.threshold.loss(scores))
+            aux_loss = _sum(self.router.loss(inputs, ranked), self.threshold.loss(scores))
             if self.router.trained_by_gate or self.threshold.trained_by_gate:
                 v = v * _straight_through(scores, bar).to(v.dtype)[..., None]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mixers.base import Mixer
 from mixers.registry import SpecError, unknown
 
-LEVELS = 33  # quantiles at 0, 1/32, ..., 1
+LEVELS = 129  # quantiles at 0, 1/128, ..., 1: scores come in clusters, and tau is interpolated between levels
 SAMPLE = 8192  # tokens of a step that a layer's quantiles are taken from
 SCOPES = ("model", "layer", "head")
 
@@ -147,7 +147,7 @@ class Threshold(nn.Module):
         self._pending = {}
         grouped = torch.cat(scores).T if self.scope == "head" else torch.cat([s.flatten() for s in scores])[None]
         levels = torch.linspace(0, 1, LEVELS, device=grouped.device)
-        table = _mean_over_ranks(torch.quantile(grouped, levels, dim=1).T.contiguous())
+        table = mean_over_ranks(torch.quantile(grouped, levels, dim=1).T.contiguous())
         first = 1 / (int(self.steps) + 1)
         self.table.lerp_(table.to(self.table), first if self.averaging else max(1 - self.momentum, first))
         self.steps += 1
@@ -159,7 +159,7 @@ class Threshold(nn.Module):
 
     def gap(self, scores: Tensor, tau: Tensor) -> Tensor:
         """Usage of scores (groups, n) at tau less the usage asked for, over all ranks; (groups,)."""
-        return _mean_over_ranks((scores > tau[:, None]).float().mean(1)) - self.kv_usage
+        return mean_over_ranks((scores > tau[:, None]).float().mean(1)) - self.kv_usage
 
     def loss(self, scores: Tensor) -> Tensor | None:
         """A scalar that trains the threshold, or None."""
@@ -259,7 +259,7 @@ class Learned(Threshold):
                 self.current.copy_(self.quantile(self.kv_usage))
 
 
-def _mean_over_ranks(x: Tensor) -> Tensor:
+def mean_over_ranks(x: Tensor) -> Tensor:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(x)
         x = x / torch.distributed.get_world_size()

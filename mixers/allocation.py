@@ -1,0 +1,121 @@
+"""Which heads a budget goes to, by trial: a bias on every head's scores that lowers the loss at small KV usages.
+
+Routers rank the tokens of one head well. What they say of two heads is less to be trusted: the error that a memory
+makes in one layer may be large and of no consequence, and a token is worth storing only where later tokens read it. A
+model trained for every budget is the worst case, as at large usages everything is stored everywhere and nothing tells
+the heads apart. The loss tells, so it is asked: layers first, then heads, are tried with a bias up and down, and what
+lowers the mean loss over some small usages is kept. Tokens within a head keep their order; nothing is trained.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from mixers.base import Mixer
+from mixers.calibration import calibrate
+from mixers.registry import SpecError
+from mixers.threshold import Threshold, check_usage, mean_over_ranks
+
+USAGES = (1 / 16, 1 / 8, 1 / 4)
+GAIN = 1e-3  # of the loss: less than that is not worth a bias
+DOUBLINGS = 5
+
+
+@torch.no_grad()
+def allocate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Callable[[Any], Tensor],
+    *,
+    kv_usages: Iterable[float] = USAGES,
+    heads: bool | None = None,
+    progress: bool = False,
+) -> tuple[float, float]:
+    """Sets `head_bias` of every mixer that routes and shares its budget, and calibrates the thresholds.
+
+    A trial costs two forward passes over the first batch to calibrate, and one over each batch for each usage; there
+    are two to six trials for every layer and head.
+
+    Args:
+        model: any module with routing mixers; its modes (train, eval) are put back.
+        batches: what `loss` takes; a few are enough. Every process of a distributed run needs as many.
+        loss: a batch -> mean loss, a scalar: a forward pass through `model`.
+        kv_usages: the budgets that count, all the same.
+        heads: also try the heads of each layer; default: if there are no more than 16 in all.
+        progress: show a bar.
+
+    Returns:
+        The mean loss before and after.
+
+    Raises:
+        SpecError: nothing in the model shares a budget, there is no batch, or a usage is out of range.
+    """
+    mixers = [m for m in model.modules() if isinstance(getattr(m, "threshold", None), Threshold)]
+    mixers = [m for m in mixers if isinstance(m, Mixer) and m.threshold.follows_usage and m.threshold.scope != "head"]
+    if not mixers:
+        raise SpecError("there is nothing to allocate: no heads of the model share a budget that follows the KV usage")
+    usages, batches = [check_usage(usage) for usage in kv_usages], list(batches)
+    if not (usages and batches):
+        raise SpecError("to allocate the KV budget takes at least one batch and one usage")
+    thresholds = {m.threshold: m.threshold.kv_usage for m in mixers}
+    tables = [(t.table, t.table.clone()) for t in thresholds]
+    before = [m.head_bias.clone() for m in mixers]
+    modes = {module: module.training for module in model.modules()}
+
+    def trial() -> float:
+        for threshold in thresholds:
+            threshold.set_usage(sorted(usages)[len(usages) // 2])
+        calibrate(model, batches[:1], run=loss)
+        total = torch.zeros((), device=mixers[0].head_bias.device)
+        for usage in usages:
+            for threshold in thresholds:
+                threshold.set_usage(usage)
+            total += sum(loss(batch).float() for batch in batches)
+        return float(mean_over_ranks(total)) / (len(usages) * len(batches))
+
+    model.eval()
+    try:
+        first = best = trial()
+        units = [_spread(m.threshold) for m in mixers]
+        several = len({id(m.threshold) for m in mixers}) < len(mixers)
+        groups = [(i, slice(None)) for i in range(len(mixers))] if several else []
+        if heads or heads is None and sum(len(bias) for bias in before) <= 16:
+            groups += [(i, slice(h, h + 1)) for i, bias in enumerate(before) for h in range(len(bias))]
+        for i, some in tqdm(groups, desc="allocating the KV budget", leave=False, disable=not progress):
+            best = _line_search(mixers[i].head_bias[some], units[i], best, trial)
+    except BaseException:
+        for now, then in [*tables, *zip((m.head_bias for m in mixers), before, strict=True)]:
+            now.copy_(then)
+        raise
+    finally:
+        for threshold, usage in thresholds.items():
+            threshold.set_usage(usage)
+        for module, training in modes.items():
+            module.training = training
+    calibrate(model, batches, run=loss)
+    return first, best
+
+
+def _line_search(bias: Tensor, unit: float, best: float, trial: Callable[[], float]) -> float:
+    """Moves `bias`, in place, up by a unit, then two more, four, ... as long as that lowers the loss; else down."""
+    for sign in (1, -1):
+        moved = False
+        for doubling in range(DOUBLINGS):
+            step = sign * unit * 2**doubling
+            bias += step
+            value = trial()
+            if value > best * (1 - GAIN):
+                bias -= step
+                break
+            best, moved = value, True
+        if moved:
+            break
+    return best
+
+
+def _spread(threshold: Threshold) -> float:
+    """The distance of high scores from the middle ones, in the units of the scores."""
+    return max(float((threshold.quantile(1 / 8) - threshold.quantile(1 / 2)).mean()), 1e-6)
