@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from lit_modules.budgets import build_budget
 from lit_modules.metrics import KVUsage
 from mixers.backbone import Decoder, DecoderOutput
-from mixers.registry import MIXERS, SpecError, parse_pattern, unknown
+from mixers.registry import MIXERS, SpecError, parse_pattern
 from mixers.threshold import check_usage, thresholds_of, usage_per_sequence
 
-BUDGETS = ("fixed", "any")
 Spec = str | dict[str, Any]
 Pattern = str | dict[str, Any] | list[Spec]
 
@@ -61,11 +61,6 @@ def schedule_factor(step: int, *, warmup_steps: int, total_steps: float, schedul
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def draw_usages(count: int, device: torch.device | str = "cpu") -> Tensor:
-    """KV usages (count,) of sequences in training: a quarter at 0, a quarter at 1, the others uniform between."""
-    return (2 * torch.rand(count, device=device) - 0.5).clamp(0, 1)
-
-
 class SequenceModule(pl.LightningModule):
     """A decoder in training. Subclasses say what is asked of it.
 
@@ -79,7 +74,7 @@ class SequenceModule(pl.LightningModule):
         router: spec that replaces the router of every entry of ``mixer`` that has one.
         kv_usage: stored tokens / tokens, 0..1; replaces that of every entry of ``mixer`` that has one.
         budget: "fixed" trains at ``kv_usage``; "any" trains each sequence at a usage of its own, so that one model
-            serves all budgets: a quarter at 0, a quarter at 1, the others drawn uniformly.
+            serves all budgets. A spec: see :class:`lit_modules.budgets.AnyBudget` for its options.
         mlp_ratio: hidden width of the MLPs / dim.
         tie_embeddings: one matrix for the embedding and the head.
         learning_rate: peak of the schedule.
@@ -102,7 +97,7 @@ class SequenceModule(pl.LightningModule):
         mixer: Pattern = "ham",
         router: Spec | None = None,
         kv_usage: float | None = None,
-        budget: str = "fixed",
+        budget: Spec = "fixed",
         mlp_ratio: float = 8 / 3,
         tie_embeddings: bool = True,
         learning_rate: float = 3e-3,
@@ -117,8 +112,7 @@ class SequenceModule(pl.LightningModule):
             check_usage(kv_usage)
         if schedule not in ("cosine", "constant"):
             raise SpecError(f"unknown schedule {schedule!r}; known: constant, cosine")
-        if budget not in BUDGETS:
-            raise unknown("budget", budget, BUDGETS)
+        self.budget = build_budget(budget)
         if warmup_steps < 0:
             raise SpecError(f"warmup_steps {warmup_steps} must be at least 0")
         self.save_hyperparameters()
@@ -138,9 +132,9 @@ class SequenceModule(pl.LightningModule):
         """Runs the decoder on a batch, with its packing or padding; in training, with the budget's usages."""
         tokens, cu_seqlens = batch["tokens"], batch.get("cu_seqlens")
         budgets: AbstractContextManager = nullcontext()
-        if self.hparams.budget == "any" and self.decoder.training:
+        if self.budget and self.decoder.training:
             count = len(tokens) if cu_seqlens is None else len(cu_seqlens) - 1
-            budgets = usage_per_sequence(self.decoder, draw_usages(count, tokens.device))
+            budgets = usage_per_sequence(self.decoder, self.budget.draw(count, tokens.device))
         with budgets:
             return self.decoder(tokens, cu_seqlens=cu_seqlens, padding_mask=batch.get("padding_mask"))
 

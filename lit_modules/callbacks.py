@@ -74,7 +74,7 @@ class CalibrateThresholds(pl.Callback):
         self.done = False
 
     def allocates(self, pl_module: pl.LightningModule) -> bool:
-        return pl_module.hparams.get("budget") == "any" if self.allocate is None else self.allocate
+        return getattr(pl_module, "budget", None) is not None if self.allocate is None else self.allocate
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.done = False

@@ -109,7 +109,7 @@ class HAM(GatedDeltaNet):
 
         inputs = self._router_inputs(x, q, m, state, cu_seqlens)
         ranked = self.router(inputs).float()
-        scores = ranked + self.head_bias
+        scores = ranked + self.head_bias.float()
         if self.training:
             self.threshold.observe(self.layer_index, scores)
         tau = bar = self.threshold.tau().expand(self.num_heads)

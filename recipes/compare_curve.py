@@ -4,6 +4,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from lit_modules.budgets import build_budget
 from recipes.results import markdown_table
 
 Row = dict[str, Any]
@@ -50,7 +51,7 @@ def draw_curves(by_label: dict[str, list[Row]], path: Path) -> None:
         axes.plot(x, [mean(v) for v in values], marker="o", ms=4, color=f"C{i}", label=label)
         axes.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=f"C{i}", alpha=0.15, lw=0)
         runs = by_label[label]
-        if runs[0]["options"].get("budget") != "any":
+        if build_budget(runs[0]["options"].get("budget", "fixed")) is None:
             place = mean(run["kv_usage"] for run in runs), mean(run[metric] for run in runs)
             axes.plot(*place, marker="*", ms=13, color=f"C{i}", mec="black", mew=0.5, ls="")
     for i, (label, runs) in enumerate((name, runs) for name, runs in by_label.items() if name not in curves):

@@ -51,7 +51,7 @@ def sweep(
                 bar.update()
             own = _test(model, data, None)
             options = {"budget": model.hparams.get("budget", "fixed")}
-            label = f"{saved.path.parents[1].name} ({'any budget' if options['budget'] == 'any' else 'fixed'})"
+            label = f"{saved.path.parents[1].name} ({'any budget' if model.budget else 'fixed'})"
             row = {"label": label, "ckpt_path": str(saved.path), "metric": metric, "options": options, "curve": points}
             rows.append(row | own)
     by_label = {row["label"]: [row] for row in rows}

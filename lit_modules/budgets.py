@@ -1,0 +1,56 @@
+"""Which KV usages a model is trained at: one, or all of them so that one model serves every budget.
+
+fixed  every sequence at the usage that the mixers are set to
+any    each sequence at a usage of its own: a share `zero` at 0, a share `one` at 1, the others uniform between
+
+With `any`, what is learned at one usage is no gift to another. More zeros help the model that stores nothing, which has
+to do alone what attention does elsewhere (README, "One model for every budget").
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixers.registry import SpecError, parse_spec, unknown
+
+BUDGETS = ("fixed", "any")
+
+
+@dataclass
+class AnyBudget:
+    """Draws usages.
+
+    Args:
+        zero: share of the sequences at usage 0, in [0, 1].
+        one: share at usage 1; zero + one is at most 1.
+    """
+
+    zero: float = 0.5
+    one: float = 0.125
+
+    def __post_init__(self) -> None:
+        if not (self.zero >= 0 and self.one >= 0 and self.zero + self.one <= 1):
+            raise SpecError(f"budget 'any' needs shares zero and one >= 0 of 1 in all, got {self.zero} and {self.one}")
+
+    def draw(self, count: int, device: torch.device | str = "cpu") -> Tensor:
+        """KV usages (count,) of sequences, float32."""
+        rest = 1 - self.zero - self.one
+        place = torch.rand(count, device=device) - self.zero
+        if not rest:
+            return (place >= 0).float()
+        return (place / rest).clamp(0, 1)
+
+
+def build_budget(spec: str | dict[str, Any]) -> AnyBudget | None:
+    """None for "fixed". Raises SpecError for a budget or an option that there is not."""
+    options = parse_spec(spec)
+    name = options.pop("name")
+    if name not in BUDGETS:
+        raise unknown("budget", name, BUDGETS)
+    known = ("zero", "one") if name == "any" else ()
+    for option in options:
+        if option not in known:
+            raise unknown("option", option, known, of=f" of budget {name!r}")
+    return AnyBudget(**options) if name == "any" else None
