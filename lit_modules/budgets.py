@@ -25,10 +25,12 @@ class AnyBudget:
     Args:
         zero: share of the sequences at usage 0, in [0, 1].
         one: share at usage 1; zero + one is at most 1.
+        allocate: after training, fit which heads a small budget goes to (:func:`mixers.allocate`).
     """
 
     zero: float = 0.5
     one: float = 0.125
+    allocate: bool = True
 
     def __post_init__(self) -> None:
         if not (self.zero >= 0 and self.one >= 0 and self.zero + self.one <= 1):
@@ -49,7 +51,7 @@ def build_budget(spec: str | dict[str, Any]) -> AnyBudget | None:
     name = options.pop("name")
     if name not in BUDGETS:
         raise unknown("budget", name, BUDGETS)
-    known = ("zero", "one") if name == "any" else ()
+    known = ("zero", "one", "allocate") if name == "any" else ()
     for option in options:
         if option not in known:
             raise unknown("option", option, known, of=f" of budget {name!r}")

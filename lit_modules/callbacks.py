@@ -62,19 +62,15 @@ class CalibrateThresholds(pl.Callback):
     The data are the first batches of a new training loader, so that a resumed run ends like an uninterrupted one. They
     are run through the module's `decode` if it has one, else through its `forward`, which takes a batch then.
 
-    In a model trained for every budget, `mixers.allocate` fits the heads' shares before, through the module's `loss`.
+    Before, in a model whose `budget` says so, `mixers.allocate` fits the heads' shares, through the module's `loss`.
 
     Args:
         batches: how many.
-        allocate: fit the heads' shares, too; default: of models trained with `budget: any`.
     """
 
-    def __init__(self, *, batches: int = 16, allocate: bool | None = None) -> None:
-        self.batches, self.allocate = batches, allocate
+    def __init__(self, *, batches: int = 16) -> None:
+        self.batches = batches
         self.done = False
-
-    def allocates(self, pl_module: pl.LightningModule) -> bool:
-        return getattr(pl_module, "budget", None) is not None if self.allocate is None else self.allocate
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.done = False
@@ -91,7 +87,7 @@ class CalibrateThresholds(pl.Callback):
         loader = trainer.train_dataloader if data is None else data.train_dataloader()
         batches = (trainer.strategy.batch_to_device(batch) for batch in islice(loader, self.batches))
         with trainer.precision_plugin.forward_context():
-            if self.allocates(pl_module):
+            if (budget := getattr(pl_module, "budget", None)) and budget.allocate:
                 few = [*islice(batches, TRIED)]
                 batches = chain(few, batches)
                 allocate(pl_module, few, pl_module.loss, progress=trainer.progress_bar_callback is not None)

@@ -14,6 +14,7 @@ USAGES = [0.0, 0.0625, 0.125, 0.25, 0.5, 0.75, 1.0]
 def sweep(
     ckpt_paths: list[str] | None = None,
     kv_usages: list[float] | None = None,
+    long: int = 0,
     out: str = "runs/sweep",
     root: str = "runs",
 ) -> None:
@@ -25,6 +26,7 @@ def sweep(
         ckpt_paths: one or several, such as one model trained with `--budget any` and some trained at a usage; "last" is
             that of the newest run, and the default.
         kv_usages: stored tokens / tokens, 0..1. Default: 0, 1/16, 1/8, 1/4, 1/2, 3/4, 1.
+        long: also read that many test tokens as one sequence at each usage, and weigh the cache.
         out: folder for results.json, table.md and curve.png.
         root: folder of runs, for "last".
     """
@@ -35,6 +37,8 @@ def sweep(
     from recipes.compare_curve import curve_table, draw_curves
     from recipes.results import stamp, write_json
 
+    if long < 0:
+        raise SpecError(f"long must be a number of tokens, got {long}")
     usages = [check_usage(usage) for usage in kv_usages or USAGES]
     found = [read(find(path, root=Path(root), name="*")) for path in ckpt_paths or ["last"]]
     loaded = [_load(saved) for saved in found]
@@ -47,7 +51,9 @@ def sweep(
             points = []
             for usage in usages:
                 bar.set_postfix_str(f"{saved.path.parents[1].name} at {usage:g}")
-                points.append({"asked": usage} | _test(model, data, usage))
+                points.append(
+                    {"asked": usage} | _test(model, data, usage) | (_weigh(model, data, long) if long else {})
+                )
                 bar.update()
             own = _test(model, data, None)
             options = {"budget": model.hparams.get("budget", "fixed")}
@@ -57,7 +63,7 @@ def sweep(
     by_label = {row["label"]: [row] for row in rows}
     folder, stamped = Path(out), stamp()
     folder.mkdir(parents=True, exist_ok=True)
-    text = curve_table(by_label)
+    text = curve_table(by_label) + (_weights_table(rows, long) if long else "")
     (folder / "table.md").write_text(text + "\n")
     write_json(folder / "results.json", stamped | {"kv_usages": usages, "runs": rows})
     draw_curves(by_label, folder / "curve.png")
@@ -93,6 +99,42 @@ def _test(model, data, usage: float | None) -> dict[str, float]:
         trainer = pl.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, devices=1)
         values = trainer.test(model, data, verbose=False)[0]
     return {name.removeprefix("test/"): value for name, value in values.items() if "layer" not in name}
+
+
+def _weigh(model, data, count: int) -> dict[str, float]:
+    """What is held after reading `count` test tokens, prefilled in chunks: bytes of keys and values, pages and all, and
+    those as a share of what softmax attention with these heads would hold."""
+    import torch
+
+    from lit_modules.generation import Continuation
+    from mixers.kv_cache import KVCache
+
+    tokens, have = [], 0
+    for batch in data.test_dataloader():
+        tokens.append(batch["tokens"].flatten())
+        have += len(tokens[-1])
+        if have >= count:
+            break
+    if have < count:
+        raise SpecError(
+            f"the test split has {have:,} tokens, less than the {count:,} asked for; see --data.test_tokens"
+        )
+    read = Continuation(model.eval().decoder, torch.cat(tokens)[None, :count].to(model.device))
+    caches = [state.kv for state in read.state if isinstance(state.kv, KVCache)]
+    widths = [kv.heads * (kv.pages.k.shape[-1] + kv.pages.v.shape[-1]) * kv.pages.k.element_size() for kv in caches]
+    return {"long": count, "kv_bytes": read.kv_cache_bytes, "of_attention": read.kv_cache_bytes / (count * sum(widths))}
+
+
+def _weights_table(rows: list[dict[str, Any]], count: int) -> str:
+    from recipes.results import markdown_table
+
+    lines = [
+        [row["label"], f"{p['asked']:g}", f"{p['kv_bytes']:,}", f"{p['of_attention']:.3f}"]
+        for row in rows
+        for p in row["curve"]
+    ]
+    header = [f"cache after {count:,} tokens", "KV usage", "bytes of keys and values", "of softmax attention's"]
+    return "\n\n" + markdown_table(header, lines)
 
 
 def _import(path: str) -> Any:

@@ -20,7 +20,10 @@ def test_names_and_mistakes():
     assert build_budget("fixed") is None and build_budget("any").zero > 0
     for spec, message in (
         ("all", "unknown budget 'all'; known: fixed, any"),
-        ({"name": "any", "zeros": 1}, "unknown option 'zeros' of budget 'any'; known: zero, one. Did you mean 'zero'?"),
+        (
+            {"name": "any", "zeros": 1},
+            "unknown option 'zeros' of budget 'any'; known: zero, one, allocate. Did you mean 'zero'?",
+        ),
         ({"name": "fixed", "zero": 1}, "unknown option 'zero' of budget 'fixed'"),
         ({"name": "any", "zero": 0.9, "one": 0.2}, "shares zero and one >= 0 of 1 in all, got 0.9 and 0.2"),
     ):
