@@ -23,10 +23,11 @@ class Continuation:
         top_p: draw among the likeliest tokens that together have this probability, in (0, 1].
         seed: of the draws.
         prefill: tokens of the prompts that are read at once, which bounds the memory that reading them takes.
+        max_kv_bytes: what keys and values may take in all; None sets no limit.
         progress: called with the tokens read so far and those to read.
 
     Raises:
-        SpecError: an empty prompt, or an option out of its range.
+        SpecError: an empty prompt, an option out of its range, or, at any time, more keys and values than allowed.
     """
 
     def __init__(
@@ -38,16 +39,18 @@ class Continuation:
         top_p: float = 1.0,
         seed: int = 0,
         prefill: int = PREFILL,
+        max_kv_bytes: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         if temperature < 0:
             raise SpecError(f"temperature must be at least 0, got {temperature}")
         if not 0 < top_p <= 1:
             raise SpecError(f"top_p must be above 0 and at most 1, got {top_p}")
-        check_positive(prefill=prefill)
+        check_positive(prefill=prefill, **({} if max_kv_bytes is None else {"max_kv_bytes": max_kv_bytes}))
         if len(prompts) == 0 or min(len(prompt) for prompt in prompts) == 0:
             raise SpecError("a prompt must have at least one token")
         self.decoder, self.temperature, self.top_p = decoder, temperature, top_p
+        self.max_kv_bytes, self.tokens_read = max_kv_bytes, 0
         device = decoder.embedding.weight.device
         self.generator = torch.Generator(device).manual_seed(seed)
         self.state = decoder.init_state(len(prompts), device=device)
@@ -60,7 +63,8 @@ class Continuation:
     def __next__(self) -> Tensor:
         if self._last.ndim == 1:  # the token that was drawn last is yet to be read
             out = self.decoder(self._last[:, None], state=self.state)
-            self.state, self._last = out.state, out.hidden[:, -1]
+            self._keep(out.state, len(self._last))
+            self._last = out.hidden[:, -1]
         self._last = self._draw(self.decoder.logits(self._last).float())
         return self._last
 
@@ -84,7 +88,7 @@ class Continuation:
             part = tokens[:, start : start + prefill]
             real = torch.arange(start, start + part.shape[1], device=part.device) < lengths[:, None]
             out = self.decoder(part, state=self.state, padding_mask=None if real.all() else real)
-            self.state = out.state
+            self._keep(out.state, int(real.sum()))
             here = (lengths - 1 - start).clamp(0, part.shape[1] - 1)
             hidden = out.hidden[torch.arange(len(part), device=part.device), here]
             ends = (lengths > start) & (lengths <= start + part.shape[1])
@@ -92,6 +96,14 @@ class Continuation:
             if progress is not None:
                 progress(int(lengths.clamp(max=start + part.shape[1]).sum()), int(lengths.sum()))
         return last
+
+    def _keep(self, state, count: int) -> None:
+        self.state, self.tokens_read = state, self.tokens_read + count
+        if self.max_kv_bytes is not None and self.kv_cache_bytes > self.max_kv_bytes:
+            raise SpecError(
+                f"keys and values take {self.kv_cache_bytes:,} bytes after {self.tokens_read:,} tokens, more than"
+                f" max_kv_bytes {self.max_kv_bytes:,}; set a smaller kv_usage, or max_tokens of mixer 'ham'"
+            )
 
     def _draw(self, logits: Tensor) -> Tensor:
         """(B, vocab_size) -> (B,)."""

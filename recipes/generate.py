@@ -18,6 +18,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     prefill: int = 2048,
+    max_kv_bytes: int | None = None,
     root: str = "runs",
 ) -> None:
     """Goes on writing from a prompt. The text goes to stdout as it is written, what it took to stderr.
@@ -32,6 +33,7 @@ def generate(
         top_p: draw among the likeliest bytes that together have this probability.
         seed: of the draws.
         prefill: bytes of the prompt that are read at once.
+        max_kv_bytes: stop with an error when keys and values take more.
         root: folder of runs, for "last".
     """
     from lit_modules.generation import Continuation
@@ -51,7 +53,7 @@ def generate(
         written = Continuation(
             model.decoder,
             torch.tensor([list(content)]),
-            **dict(temperature=temperature, top_p=top_p, seed=seed, prefill=prefill),
+            **dict(temperature=temperature, top_p=top_p, seed=seed, prefill=prefill, max_kv_bytes=max_kv_bytes),
             progress=lambda done, _: bar.update(done - bar.n),
         )
         read = time.perf_counter() - start

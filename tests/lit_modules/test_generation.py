@@ -1,6 +1,7 @@
 """Writing on from prompts: what the state gives is what reading everything again gives."""
 
-from itertools import islice
+import copy
+from itertools import islice, pairwise
 
 import pytest
 import torch
@@ -9,12 +10,19 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from lit_modules.generation import Continuation, generate
-from mixers import Decoder, SpecError, set_kv_usage
+from mixers import Decoder, SpecError, calibrate, set_kv_usage
+from mixers.threshold import thresholds_of
 
 VOCAB = 33
+CALIBRATED = {"name": "ham", "num_heads": 2, "head_dim": 8}
 MIXERS = {
     "ham": {"name": "ham", "num_heads": 2, "head_dim": 8, "threshold": {"name": "fixed", "tau": 0.05}},
     "ham recency": {"name": "ham", "num_heads": 2, "head_dim": 8, "router": {"name": "recency", "window": 4}},
+    "ham cosine": CALIBRATED | {"router": "cosine"},
+    "ham learned": CALIBRATED | {"router": {"name": "learned", "form": "error"}, "scope": "head"},
+    "ham demand": CALIBRATED | {"router": "demand", "combine": "sum"},
+    "linear_attention": {"name": "linear_attention", "num_heads": 2, "head_dim": 8},
+    "delta_net": {"name": "delta_net", "num_heads": 2, "head_dim": 8},
     "gdn": {"name": "gdn", "num_heads": 2, "head_dim": 8},
     "attention": {"name": "attention", "num_heads": 2, "num_kv_heads": 1},
     "window": {"name": "attention", "num_heads": 2, "window": 3},
@@ -24,8 +32,13 @@ MIXERS = {
 
 @pytest.fixture(scope="module")
 def decoders():
-    torch.manual_seed(0)
-    return {name: Decoder(VOCAB, dim=16, depth=2, mixer=spec).double().eval() for name, spec in MIXERS.items()}
+    made = {}
+    for name, spec in MIXERS.items():
+        torch.manual_seed(0)
+        made[name] = Decoder(VOCAB, dim=16, depth=2, mixer=spec).double().eval()
+        if any(threshold.follows_usage for threshold in thresholds_of(made[name])):
+            calibrate(made[name], [torch.randint(VOCAB, (4, 100))])
+    return made
 
 
 def prompts_of(lengths, seed=0):
@@ -68,6 +81,33 @@ def test_logits_are_those_of_the_full_forward(decoders, mixer):
             out = decoder(tokens[:, t : t + 1], state=out.state)
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+@given(data=st.data())
+@torch.no_grad()
+def test_any_batch_of_padded_prompts_in_any_parts_gives_the_logits_of_each_alone(decoders, mixer, data):
+    """At any usage; in float64 to 1e-9, in float32 to 1e-4. Pages hold 64 tokens: some prompts end on their edge."""
+    lengths = data.draw(st.lists(st.sampled_from([1, 5, 63, 64, 65, 128, 130]), min_size=1, max_size=3))
+    left, double = data.draw(st.booleans()), data.draw(st.booleans())
+    decoder = copy.deepcopy(decoders[mixer]).to(torch.float64 if double else torch.float32)
+    tolerance = 1e-9 if double else 1e-4
+    if any(threshold.follows_usage for threshold in thresholds_of(decoder)):
+        set_kv_usage(decoder, data.draw(st.sampled_from([0, 0.1, 0.5, 1])))
+    most, prompts = max(lengths), prompts_of(lengths, seed=1)
+    tokens, real = torch.zeros(len(lengths), most, dtype=torch.long), torch.zeros(len(lengths), most, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        place = slice(most - len(prompt), most) if left else slice(0, len(prompt))
+        tokens[row, place], real[row, place] = prompt, True
+    cuts = sorted({0, most, *data.draw(st.lists(st.integers(1, most), max_size=3))})
+    state, logits = decoder.init_state(len(lengths)), []
+    for start, stop in pairwise(cuts):
+        out = decoder(tokens[:, start:stop], state=state, padding_mask=real[:, start:stop])
+        state, logits = out.state, [*logits, decoder.logits(out.hidden)]
+    together = torch.cat(logits, 1)
+    for row, prompt in enumerate(prompts):
+        alone = decoder.logits(decoder(prompt[None]).hidden)[0]
+        assert_close(together[row, real[row]], alone, rtol=tolerance, atol=tolerance)
+
+
 def test_prompts_of_one_length_come_back_as_one_tensor(decoders):
     prompts = torch.stack(prompts_of([5, 5]))
     tokens = generate(decoders["ham"], prompts, num_tokens=3)
@@ -104,6 +144,17 @@ def test_it_says_how_far_the_prompt_is_read_and_what_is_held(decoders):
     assert Continuation(decoder, prompts).kv_cache_bytes == 0
 
 
+def test_a_prompt_that_needs_more_memory_than_allowed(decoders):
+    """Found while it is read, and later when the answer grows too long."""
+    decoder, (prompt,) = decoders["attention"], prompts_of([300])
+    held = Continuation(decoder, [prompt]).kv_cache_bytes
+    with pytest.raises(SpecError, match=r"bytes after 200 tokens, more than max_kv_bytes .*; set a smaller kv_usage"):
+        Continuation(decoder, [prompt], prefill=100, max_kv_bytes=held // 2)
+    grows = Continuation(decoder, [prompt], max_kv_bytes=held)
+    with pytest.raises(SpecError, match="more than max_kv_bytes"):
+        [*islice(grows, 200)]
+
+
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
@@ -112,6 +163,7 @@ def test_it_says_how_far_the_prompt_is_read_and_what_is_held(decoders):
         (None, {"temperature": -1}, "temperature must be at least 0, got -1"),
         (None, {"top_p": 0}, "top_p must be above 0 and at most 1, got 0"),
         (None, {"prefill": 0}, "prefill must be at least 1, got 0"),
+        (None, {"max_kv_bytes": -1}, "max_kv_bytes must be at least 1, got -1"),
     ],
 )
 def test_mistakes(decoders, prompts, options, message):
