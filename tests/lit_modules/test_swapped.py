@@ -49,8 +49,8 @@ def fit(model, loss, data, *, steps, batch_size, learning_rate=3e-3):
 
 def usage_of(model):
     """Stored tokens / tokens of the last call."""
-    stored = [m.routing.stored.float().mean() for m in model.modules() if getattr(m, "routing", None) is not None]
-    return torch.stack(stored).mean().item()
+    layers = [module.routing.usage for module in model.modules() if getattr(module, "routing", None) is not None]
+    return torch.stack(layers).mean().item()
 
 
 def windows(texts, count, length, seed):
@@ -132,14 +132,13 @@ def test_a_transformer_encoder_learns_an_order():
 
 
 def quadrants(count, seed):
-    """Images (count, 1, 16, 16) of noise with a bright spot; the label is its quadrant."""
+    """Images (count, 1, 16, 16) of noise with a bright square; the label is its quadrant."""
     generator = torch.Generator().manual_seed(seed)
     images = 0.3 * torch.randn(count, 1, 16, 16, generator=generator)
-    places = torch.randint(0, 14, (count, 2), generator=generator)
-    places += places >= 7  # no spot lies across the middle
-    for image, (y, x) in zip(images, places, strict=True):
-        image[0, y : y + 2, x : x + 2] += 2
-    return images, (places >= 8).long() @ torch.tensor([2, 1])
+    places = torch.randint(0, 4, (count, 2), generator=generator)
+    for image, (y, x) in zip(images, places.tolist(), strict=True):
+        image[0, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4] += 1
+    return images, (places >= 2).long() @ torch.tensor([2, 1])
 
 
 def test_a_vision_transformer_learns_where():
