@@ -11,6 +11,7 @@ def calibrate(
     text: list[str] | None = None,
     kv_usage: float | None = None,
     batches: int = 32,
+    allocate: bool = False,
     out: str = "",
     root: str = "runs",
 ) -> None:
@@ -22,6 +23,7 @@ def calibrate(
         text: files or folders; default: the training text of the checkpoint's own recipe.
         kv_usage: usage to hold, 0..1; default: as trained.
         batches: of 8192 bytes, at most.
+        allocate: also fit, on four of them, which heads a small budget goes to; takes some minutes for a large model.
         out: file to write; default: beside the checkpoint, `<name>-calibrated.ckpt`.
         root: folder of runs, for "last".
     """
@@ -48,6 +50,9 @@ def calibrate(
         for batch in islice(data.train_dataloader(), batches)
     ]
     before = _usage(model, some)
+    if allocate:
+        first, best = mixers.allocate(model.eval().decoder, some[:4], model.loss, progress=True)
+        print(f"mean loss at KV usages 1/16, 1/8 and 1/4: {first:.4f}, allocated {best:.4f}")
     mixers.calibrate(model.decoder, some, run=model.decode)
     asked = next(thresholds_of(model)).kv_usage
     target = Path(out) if out else path.resolve().with_name(f"{path.stem}-calibrated.ckpt")

@@ -43,6 +43,18 @@ def test_calibrate_holds_the_usage_on_other_text(run, checkpoint, tmp_path):
     assert run(f"generate --ckpt_path {out} --prompt a --max_new_tokens 2").code == 0
 
 
+def test_calibrate_may_allocate_the_budget_too(run, checkpoint, tmp_path):
+    (tmp_path / "some.txt").write_text("from one import many, few\n" * 40)
+    out = tmp_path / "new.ckpt"
+    result = run(
+        f"calibrate --ckpt_path {checkpoint} --text [{tmp_path / 'some.txt'}] --batches 1 --allocate --out {out}"
+    )
+    first, best = map(float, re.search(r"1/4: ([\d.]+), allocated ([\d.]+)", result.out).groups())
+    assert result.code == 0 and best <= first
+    old, new = (torch.load(path, weights_only=True)["state_dict"] for path in (checkpoint, out))
+    assert all("threshold" in name or "head_bias" in name or torch.equal(x, old[name]) for name, x in new.items())
+
+
 def test_mistakes(run, checkpoint, here):
     (here / "full").mkdir()
     (here / "full" / "file").touch()
