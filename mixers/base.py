@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.decode.cache import PagedCache
 from kernels.sequences import check_cu_seqlens
 from mixers.bounded_cache import BoundedCache
-from mixers.kv_cache import KVCache
+from mixers.kv_cache import KVCache, Recent
 
 
 @dataclass
@@ -71,6 +72,10 @@ class MixerState:
     def to(self, *args: Any, **kwargs: Any) -> "MixerState":
         """Move to a device. (dtypes are the mixer's business: the recurrent memory stays in float32.)"""
         return self.map(lambda x: x.to(*args, **kwargs))
+
+
+# So that `torch.load` reads states that `torch.save` wrote, under its default of weights_only=True.
+torch.serialization.add_safe_globals([MixerState, KVCache, Recent, BoundedCache, PagedCache])
 
 
 def _map(value: Any, function: Any) -> Any:

@@ -46,6 +46,15 @@ def test_a_call_leaves_its_state_as_it_was(case):
 
 
 @every_case
+def test_a_state_is_saved_and_loaded(case, tmp_path):
+    mixer, x = made(case), tokens(1, 2, 3)
+    state = mixer(tokens(0, 2, 9), mixer.init_state(2)).state.detach()
+    torch.save([state, None], tmp_path / "state.pt")
+    again, _ = torch.load(tmp_path / "state.pt")
+    assert torch.equal(mixer(x, again).hidden, mixer(x, state).hidden)
+
+
+@every_case
 def test_a_bfloat16_model_keeps_its_memory_in_float32(case):
     mixer = make(case, torch.bfloat16)
     out = mixer(tokens(0, 2, 9, dtype=torch.bfloat16), mixer.init_state(2))
