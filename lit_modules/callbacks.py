@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_modules.data.stream import longest_document
 from lit_modules.generation import generate
-from mixers.allocation import allocate
+from mixers.allocation import allocate, sharing
 from mixers.calibration import calibrate
 from mixers.threshold import thresholds_of
 
@@ -87,7 +87,7 @@ class CalibrateThresholds(pl.Callback):
         loader = trainer.train_dataloader if data is None else data.train_dataloader()
         batches = (trainer.strategy.batch_to_device(batch) for batch in islice(loader, self.batches))
         with trainer.precision_plugin.forward_context():
-            if (budget := getattr(pl_module, "budget", None)) and budget.allocate:
+            if (budget := getattr(pl_module, "budget", None)) and budget.allocate and sharing(pl_module):
                 few = [*islice(batches, TRIED)]
                 batches = chain(few, batches)
                 allocate(pl_module, few, pl_module.loss, progress=trainer.progress_bar_callback is not None)

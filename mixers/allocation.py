@@ -53,8 +53,7 @@ def allocate(
     Raises:
         SpecError: nothing in the model shares a budget, there is no batch, or a usage is out of range.
     """
-    mixers = [m for m in model.modules() if isinstance(getattr(m, "threshold", None), Threshold)]
-    mixers = [m for m in mixers if isinstance(m, Mixer) and m.threshold.follows_usage and m.threshold.scope != "head"]
+    mixers = sharing(model)
     if not mixers:
         raise SpecError("there is nothing to allocate: no heads of the model share a budget that follows the KV usage")
     usages, batches = [check_usage(usage) for usage in kv_usages], list(batches)
@@ -97,6 +96,14 @@ def allocate(
             module.training = training
     calibrate(model, batches, run=loss)
     return first, best
+
+
+def sharing(model: nn.Module) -> list[Mixer]:
+    """The mixers of a model whose heads share a budget that follows the KV usage."""
+    routing = [
+        m for m in model.modules() if isinstance(m, Mixer) and isinstance(getattr(m, "threshold", None), Threshold)
+    ]
+    return [m for m in routing if m.threshold.follows_usage and m.threshold.scope != "head"]
 
 
 def _line_search(bias: Tensor, unit: float, best: float, trial: Callable[[], float]) -> float:

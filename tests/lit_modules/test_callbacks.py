@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
+import lit_modules.callbacks
 from lit_modules.callbacks import CalibrateThresholds, NextSteps, RNGState, RunSummary, SampleText, usage_table
 from lit_modules.data.text import TextData
 
@@ -47,6 +48,24 @@ class TestCalibrateThresholds:
         callback = CalibrateThresholds()
         make_trainer(max_steps=2, callbacks=[callback]).fit(make_model(vocab_size=256, mixer="gdn"), data)
         assert not callback.done
+
+    def test_a_budget_is_allocated_where_heads_share_one_and_where_it_says_so(
+        self, monkeypatch, make_trainer, make_model, make_mqar
+    ):
+        calls = []
+
+        def spy(model, batches, loss, **options):
+            calls.append([float(loss(batch)) for batch in batches])
+
+        monkeypatch.setattr(lit_modules.callbacks, "allocate", spy)
+        ham = {"name": "ham", "num_heads": 2, "head_dim": 8}
+        for budget, scope, times in (
+            ("any", "model", 1), ("any", "head", 0), ("fixed", "model", 0), ({"name": "any", "allocate": False}, "model", 0),
+        ):  # fmt: skip
+            calls.clear()
+            model = make_model(mixer=ham | {"scope": scope}, budget=budget)
+            make_trainer(max_steps=2, callbacks=[CalibrateThresholds(batches=4)]).fit(model, make_mqar())
+            assert len(calls) == times and all(len(losses) == 4 for losses in calls)
 
 
 def test_usage_table():
