@@ -55,13 +55,17 @@ class TestCalibrateThresholds:
         calls = []
 
         def spy(model, batches, loss, **options):
-            calls.append([float(loss(batch)) for batch in batches])
+            calls.append([loss(batch).item() for batch in batches])
 
         monkeypatch.setattr(lit_modules.callbacks, "allocate", spy)
         ham = {"name": "ham", "num_heads": 2, "head_dim": 8}
+        silent = {"name": "any", "allocate": False}
         for budget, scope, times in (
-            ("any", "model", 1), ("any", "head", 0), ("fixed", "model", 0), ({"name": "any", "allocate": False}, "model", 0),
-        ):  # fmt: skip
+            ("any", "model", 1),
+            ("any", "head", 0),
+            ("fixed", "model", 0),
+            (silent, "model", 0),
+        ):
             calls.clear()
             model = make_model(mixer=ham | {"scope": scope}, budget=budget)
             make_trainer(max_steps=2, callbacks=[CalibrateThresholds(batches=4)]).fit(model, make_mqar())
