@@ -37,7 +37,7 @@ def allocate(
     """Sets `head_bias` of every mixer that routes and shares its budget, and calibrates the thresholds.
 
     A trial costs two forward passes over the first batch to calibrate, and one over each batch for each usage; there
-    are two to six trials for every layer and head.
+    are two to ten trials for every layer and head.
 
     Args:
         model: any module with routing mixers; its modes (train, eval) are put back.
@@ -107,19 +107,21 @@ def sharing(model: nn.Module) -> list[Mixer]:
 
 
 def _line_search(bias: Tensor, unit: float, best: float, trial: Callable[[], float]) -> float:
-    """Moves `bias`, in place, up by a unit, then two more, four, ... as long as that lowers the loss; else down."""
+    """Moves `bias`, in place, up by a unit, then two more, four, ... as long as that does not raise the loss, and back
+    to where it was least; if that is where it began, the same downwards. A step may well change nothing: scores of
+    another head can lie far off."""
     for sign in (1, -1):
-        moved = False
+        here, least = bias.clone(), best
         for doubling in range(DOUBLINGS):
-            step = sign * unit * 2**doubling
-            bias += step
+            bias += sign * unit * 2**doubling
             value = trial()
-            if value > best * (1 - GAIN):
-                bias -= step
+            if value < least * (1 - GAIN):
+                here, least = bias.clone(), value
+            elif value > least * (1 + GAIN):
                 break
-            best, moved = value, True
-        if moved:
-            break
+        bias.copy_(here)
+        if least < best:
+            return least
     return best
 
 

@@ -61,6 +61,13 @@ def test_a_head_that_matters_gets_the_budget_of_its_layer_and_of_the_model():
     assert usage(model, batches(1)[0])[0].min() > 0.02, "layers alone were tried"
 
 
+def test_heads_whose_scores_lie_far_apart_are_brought_together():
+    model = make(router="residual", kv_usage=0.25)
+    model.blocks[1].mixer.head_bias += 8  # all scores are below 1: at first no step of layer 0 changes anything
+    allocate(model, batches(2), misses(model, 0))
+    assert usage(model, torch.cat(batches(4, seed=2)))[0].mean() > 0.4
+
+
 def test_nothing_is_moved_without_a_gain_and_nothing_else_ever():
     model = make(router="demand", kv_usage=0.3).train()
     model.blocks[0].eval()
