@@ -58,6 +58,10 @@ def draw_curves(by_label: dict[str, list[Row]], path: Path) -> None:
         axes.axhline(
             mean(run[metric] for run in runs), color="black", ls=("-", "--", "-.", ":")[i % 4], lw=1, label=label
         )
+    asked = sorted({usage for points in curves.values() for usage in points})
+    axes.set_xscale("symlog", base=2, linthresh=1 / 16, linscale=1)  # small budgets are where curves differ
+    axes.set_xticks(asked, [f"{usage:g}" for usage in asked])
+    axes.minorticks_off()
     axes.set(xlabel="KV usage when tested (stored tokens / tokens)", ylabel=f"test {metric.replace('_', ' ')}")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
