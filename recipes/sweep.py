@@ -45,6 +45,7 @@ def sweep(
     metrics = {metric for *_, metric in loaded}
     if len(metrics) > 1:
         raise SpecError(f"the checkpoints are of different tasks: {', '.join(sorted(metrics))}")
+    texts = {saved.path: _first_tokens(data, long) for saved, (_, data, _) in zip(found, loaded, strict=True) if long}
     rows = []
     with tqdm(total=len(found) * len(usages), unit="test") as bar:
         for saved, (model, data, metric) in zip(found, loaded, strict=True):
@@ -52,7 +53,7 @@ def sweep(
             for usage in usages:
                 bar.set_postfix_str(f"{saved.path.parents[1].name} at {usage:g}")
                 points.append(
-                    {"asked": usage} | _test(model, data, usage) | (_weigh(model, data, long) if long else {})
+                    {"asked": usage} | _test(model, data, usage) | (_weigh(model, texts[saved.path]) if long else {})
                 )
                 bar.update()
             own = _test(model, data, None)
@@ -101,28 +102,32 @@ def _test(model, data, usage: float | None) -> dict[str, float]:
     return {name.removeprefix("test/"): value for name, value in values.items() if "layer" not in name}
 
 
-def _weigh(model, data, count: int) -> dict[str, float]:
-    """What is held after reading `count` test tokens, prefilled in chunks: bytes of keys and values, pages and all, and
-    those as a share of what softmax attention with these heads would hold."""
+def _first_tokens(data, count: int):
+    """The first `count` tokens (1, count) of the test split, documents end to end."""
     import torch
 
-    from lit_modules.generation import Continuation
-    from mixers.kv_cache import KVCache
-
+    data.prepare_data()
+    data.setup("test")
     tokens, have = [], 0
     for batch in data.test_dataloader():
         tokens.append(batch["tokens"].flatten())
         have += len(tokens[-1])
         if have >= count:
-            break
-    if have < count:
-        raise SpecError(
-            f"the test split has {have:,} tokens, less than the {count:,} asked for; see --data.test_tokens"
-        )
-    read = Continuation(model.eval().decoder, torch.cat(tokens)[None, :count].to(model.device))
+            return torch.cat(tokens)[None, :count]
+    raise SpecError(f"the test split has {have:,} tokens, less than the {count:,} asked for; see --data.test_tokens")
+
+
+def _weigh(model, tokens) -> dict[str, float]:
+    """What is held after reading tokens (1, T), prefilled in chunks: bytes of keys and values, pages and all, and those
+    as a share of what softmax attention with these heads would hold."""
+    from lit_modules.generation import Continuation
+    from mixers.kv_cache import KVCache
+
+    read = Continuation(model.eval().decoder, tokens.to(model.device))
     caches = [state.kv for state in read.state if isinstance(state.kv, KVCache)]
     widths = [kv.heads * (kv.pages.k.shape[-1] + kv.pages.v.shape[-1]) * kv.pages.k.element_size() for kv in caches]
-    return {"long": count, "kv_bytes": read.kv_cache_bytes, "of_attention": read.kv_cache_bytes / (count * sum(widths))}
+    all_of_it = tokens.shape[1] * sum(widths)
+    return {"long": tokens.shape[1], "kv_bytes": read.kv_cache_bytes, "of_attention": read.kv_cache_bytes / all_of_it}
 
 
 def _weights_table(rows: list[dict[str, Any]], count: int) -> str:
