@@ -42,6 +42,7 @@ class Attention(Mixer):
         conv_size: int = 0,
     ) -> None:
         super().__init__()
+        self.dim = dim
         check_positive(num_heads=num_heads)
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         self.head_dim = head_dim or dim // num_heads

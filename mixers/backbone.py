@@ -105,6 +105,8 @@ class Decoder(nn.Module):
         padding_mask: Tensor | None = None,
     ) -> DecoderOutput:
         """tokens (B, T) int64; the rest as for `Mixer.forward`, `state` with one entry per layer."""
+        if state is not None and len(state) != len(self.blocks):
+            raise ValueError(f"the state is of {len(state)} layers, the decoder has {len(self.blocks)}")
         x = self.embedding(tokens)
         outputs = []
         for i, block in enumerate(self.blocks):

@@ -66,6 +66,15 @@ class MixerState:
         kv = None if self.kv is None else self.kv.select(index)
         return replace(replace(self, kv=None).map(lambda x: x[index]), kv=kv)
 
+    @property
+    def layout(self) -> tuple:
+        """What does not depend on the sequences: by this a state of another mixer is told."""
+        kv = self.kv
+        if kv is not None:
+            pages = getattr(kv, "pages", kv)
+            kv = type(kv).__name__, kv.heads, pages.k.shape[-1], pages.v.shape[-1], getattr(kv, "limit", 0)
+        return *(None if x is None else tuple(x.shape[1:]) for x in (self.recurrent, self.conv)), kv
+
     def detach(self) -> "MixerState":
         return self.map(lambda x: x.detach())
 
@@ -98,6 +107,9 @@ class MixerOutput:
 class Mixer(nn.Module):
     """Base of all mixers. A subclass writes `mix` and `init_state`; packing and padding are dealt with here."""
 
+    dim: int | None = None
+    """Width D; where it is set, inputs of another width are refused."""
+    _layout: tuple | None = None  # of the states, once one was given
     layer_index = 0
     """Place of the mixer in its model, set by `mixers.threshold.share_threshold`."""
 
@@ -137,6 +149,10 @@ class Mixer(nn.Module):
         Raises:
             ValueError: shapes that do not fit.
         """
+        if x.ndim != 3 or x.shape[-1] != (self.dim or x.shape[-1]):
+            raise ValueError(f"x must be (B, T, {self.dim or 'D'}), got {tuple(x.shape)}")
+        if state is not None and not torch.compiler.is_compiling():
+            self._check(state)
         if state is not None and len(state.length) != (len(x) if cu_seqlens is None else len(cu_seqlens) - 1):
             raise ValueError(f"the state is of {len(state.length)} sequences, the input is not")
         if cu_seqlens is not None:
@@ -146,6 +162,13 @@ class Mixer(nn.Module):
         if padding_mask is not None:
             return self._without_padding(x, state, cu_seqlens, padding_mask)
         return self.mix(x, state, cu_seqlens)
+
+    def _check(self, state: MixerState) -> None:
+        if self._layout is None:
+            self._layout = self.init_state(1).layout
+        for name, ours, theirs in zip(("recurrent", "conv", "kv"), self._layout, state.layout, strict=True):
+            if ours is not None and ours != theirs:
+                raise ValueError(f"the state is of another mixer: its {name} is {theirs}, not {ours}")
 
     def _without_padding(self, x, state, cu_seqlens, mask) -> MixerOutput:
         """Pack the real tokens into one row, mix, and put everything back: padding never reaches a mixer."""

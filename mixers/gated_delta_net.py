@@ -43,6 +43,7 @@ class GatedDeltaNet(Mixer):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        self.dim = dim
         check_positive(num_heads=num_heads)
         self.memory = Memory(
             dim,

@@ -74,6 +74,8 @@ def swap_mixers(
             there, a mixer or an option that is unknown. The model is then as it was.
     """
     layers = None if layers is None else list(layers)
+    if "dim" in options or isinstance(mixer, Mapping) and "dim" in mixer:
+        raise SpecError("dim is that of the module that is replaced; leave it out")
     chosen = _choose(model, where, layers)
     spec = parse_spec(mixer)
     made = []

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from kernels.decode import PAGE
-from mixers import build_mixer, kv_cache_bytes, set_kv_usage
+from mixers import Decoder, build_mixer, kv_cache_bytes, set_kv_usage
 from mixers.ham import HAM
 from tests.mixers.cases import CASES, DIM, SMALL, every_case, every_ham, made, make, mask_of, tensors_of, tokens
 
@@ -119,6 +119,8 @@ def test_the_cache_holds_what_was_stored_and_no_more(case):
         (8, {"padding_mask": torch.ones(2, 7, dtype=torch.bool)}, r"padding_mask must be bool \(2, 8\)"),
         (8, {"padding_mask": torch.ones(2, 8)}, r"padding_mask must be bool \(2, 8\) .*, got torch.float32"),
         (8, {"state": 3}, "the state is of 3 sequences, the input is not"),
+        (8, {"x": torch.zeros(2, 8, DIM + 1, dtype=torch.float64)}, rf"x must be \(B, T, {DIM}\), got \(2, 8, 13\)"),
+        (8, {"x": torch.zeros(8, DIM, dtype=torch.float64)}, r"x must be \(B, T, 12\), got \(8, 12\)"),
     ],
 )
 def test_arguments_that_do_not_fit(case, T, options, message):
@@ -126,7 +128,26 @@ def test_arguments_that_do_not_fit(case, T, options, message):
     if "state" in options:
         options = {"state": mixer.init_state(options["state"])}
     with pytest.raises(ValueError, match=message):
-        mixer(tokens(0, 2, T), **options)
+        mixer(**{"x": tokens(0, 2, T)} | options)
+
+
+def test_a_state_of_another_mixer():
+    x = tokens(0, 1, 3)
+    state = {
+        name: build_mixer(spec, dim=DIM).double()(x, state=build_mixer(spec, dim=DIM).double().init_state(1)).state
+        for name, spec in {
+            "gdn": {"name": "gdn", **SMALL}, "wide": {"name": "gdn", "num_heads": 2, "head_dim": 8},
+            "ham": {"name": "ham", **SMALL}, "bounded": {"name": "ham", **SMALL, "max_tokens": 4},
+            "attention": {"name": "attention", **SMALL},
+        }.items()
+    }  # fmt: skip
+    pairs = ("gated_delta_net", "wide"), ("ham", "gdn"), ("ham", "bounded"), ("ham", "attention"), ("attention", "gdn")
+    for case, other in pairs:
+        with pytest.raises(ValueError, match=r"the state is of another mixer: its (recurrent|conv|kv) is .*, not"):
+            build_mixer(CASES[case], dim=DIM).double()(x, state[other])
+    decoder = Decoder(9, dim=16, depth=2, mixer="gdn")
+    with pytest.raises(ValueError, match="the state is of 3 layers, the decoder has 2"):
+        decoder(torch.zeros(1, 2, dtype=torch.long), state=decoder.init_state(1) + decoder.init_state(1)[:1])
 
 
 @every_case

@@ -275,6 +275,8 @@ class TestMistakes:
             ({"layers": [4]}, "layer 4 is not there: .* matches 4 modules"),
             ({"mixer": "hamm"}, "unknown mixer 'hamm'.*Did you mean 'ham'"),
             ({"head_dimension": 3}, "head_dimension"),
+            ({"dim": 64}, "dim is that of the module that is replaced; leave it out"),
+            ({"num_value_heads": 3}, r"num_value_heads \(3\) must be a multiple of num_heads \(4\)"),
             ({"kv_usage": -0.1}, "kv_usage must be a number from 0 to 1, got -0.1"),
         ],
     )
