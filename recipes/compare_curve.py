@@ -60,7 +60,8 @@ def draw_curves(by_label: dict[str, list[Row]], path: Path) -> None:
         )
     asked = sorted({usage for points in curves.values() for usage in points})
     axes.set_xscale("symlog", base=2, linthresh=1 / 16, linscale=1)  # small budgets are where curves differ
-    axes.set_xticks(asked, [f"{usage:g}" for usage in asked])
+    axes.set_xticks(asked, [f"{usage:g}" for usage in asked], fontsize=8)
+    axes.set_xlim(left=-1 / 100)
     axes.minorticks_off()
     axes.set(xlabel="KV usage when tested (stored tokens / tokens)", ylabel=f"test {metric.replace('_', ' ')}")
     axes.grid(alpha=0.3)
