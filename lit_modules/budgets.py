@@ -33,14 +33,17 @@ class AnyBudget:
     allocate: bool = True
 
     def __post_init__(self) -> None:
-        if not (self.zero >= 0 and self.one >= 0 and self.zero + self.one <= 1):
+        numbers = all(isinstance(share, int | float) for share in (self.zero, self.one))
+        if not (numbers and self.zero >= 0 and self.one >= 0 and self.zero + self.one <= 1):
             raise SpecError(f"budget 'any' needs shares zero and one >= 0 of 1 in all, got {self.zero} and {self.one}")
+        if not isinstance(self.allocate, bool):
+            raise SpecError(f"allocate of budget 'any' must be true or false, got {self.allocate!r}")
 
     def draw(self, count: int, device: torch.device | str = "cpu") -> Tensor:
         """KV usages (count,) of sequences, float32."""
         rest = 1 - self.zero - self.one
         place = torch.rand(count, device=device) - self.zero
-        if not rest:
+        if rest < 1e-6:  # 1 - 0.8 - 0.2 is a little less than 0
             return (place >= 0).float()
         return (place / rest).clamp(0, 1)
 

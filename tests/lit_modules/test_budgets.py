@@ -6,7 +6,7 @@ from lit_modules.budgets import build_budget
 from mixers import SpecError
 
 
-@pytest.mark.parametrize(("zero", "one"), [(0.5, 0.125), (0.25, 0.25), (0, 0), (1, 0), (0, 1), (0.5, 0.5)])
+@pytest.mark.parametrize(("zero", "one"), [(0.5, 0.125), (0.25, 0.25), (0, 0), (1, 0), (0, 1), (0.5, 0.5), (0.8, 0.2)])
 def test_shares_are_as_asked_and_the_others_uniform(zero, one):
     usages = build_budget({"name": "any", "zero": zero, "one": one}).draw(100_000)
     assert usages.min() >= 0 and usages.max() <= 1
@@ -26,6 +26,8 @@ def test_names_and_mistakes():
         ),
         ({"name": "fixed", "zero": 1}, "unknown option 'zero' of budget 'fixed'"),
         ({"name": "any", "zero": 0.9, "one": 0.2}, "shares zero and one >= 0 of 1 in all, got 0.9 and 0.2"),
+        ({"name": "any", "zero": "half"}, "shares zero and one >= 0 of 1 in all, got half and 0.125"),
+        ({"name": "any", "allocate": "no"}, "allocate of budget 'any' must be true or false, got 'no'"),
     ):
         with pytest.raises(SpecError, match=message):
             build_budget(spec)
