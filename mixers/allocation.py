@@ -60,8 +60,8 @@ def allocate(
     if not (usages and batches):
         raise SpecError("to allocate the KV budget takes at least one batch and one usage")
     thresholds = {m.threshold: m.threshold.kv_usage for m in mixers}
-    tables = [(t.table, t.table.clone()) for t in thresholds]
-    before = [m.head_bias.clone() for m in mixers]
+    moved = [m.head_bias for m in mixers] + [x for t in thresholds for x in (*t.parameters(), *t.buffers())]
+    before = [x.clone() for x in moved]
     modes = {module: module.training for module in model.modules()}
 
     def trial() -> float:
@@ -81,19 +81,21 @@ def allocate(
         units = [_spread(m.threshold) for m in mixers]
         several = len({id(m.threshold) for m in mixers}) < len(mixers)
         groups = [(i, slice(None)) for i in range(len(mixers))] if several else []
-        if heads or heads is None and sum(len(bias) for bias in before) <= 16:
-            groups += [(i, slice(h, h + 1)) for i, bias in enumerate(before) for h in range(len(bias))]
+        if heads or heads is None and sum(len(m.head_bias) for m in mixers) <= 16:
+            groups += [(i, slice(h, h + 1)) for i, m in enumerate(mixers) for h in range(len(m.head_bias))]
         for i, some in tqdm(groups, desc="allocating the KV budget", leave=False, disable=not progress):
             best = _line_search(mixers[i].head_bias[some], units[i], best, trial)
     except BaseException:
-        for now, then in [*tables, *zip((m.head_bias for m in mixers), before, strict=True)]:
+        for threshold, usage in thresholds.items():
+            threshold.set_usage(usage)
+        for now, then in zip(moved, before, strict=True):
             now.copy_(then)
         raise
     finally:
-        for threshold, usage in thresholds.items():
-            threshold.set_usage(usage)
         for module, training in modes.items():
             module.training = training
+    for threshold, usage in thresholds.items():
+        threshold.set_usage(usage)
     calibrate(model, batches, run=loss)
     return first, best
 

@@ -88,9 +88,13 @@ def test_it_is_saved_with_the_model():
     assert torch.equal(usage(again, batches(1)[0]), usage(model, batches(1)[0]))
 
 
-def test_mistakes_and_interruptions_leave_the_model_as_it_was():
-    model = make(router="residual")
+@pytest.mark.parametrize("threshold", ["calibrated", "controlled", "learned"])
+def test_mistakes_and_interruptions_leave_the_model_as_it_was(threshold):
+    model = make(router="residual", threshold=threshold)
     allocate(model, batches(1), misses(model, 1))
+    with torch.no_grad():
+        for parameter in next(thresholds_of(model)).parameters():
+            parameter += 0.1
     before = {name: x.clone() for name, x in model.state_dict().items()}
     calls = []
 
