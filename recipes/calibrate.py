@@ -30,6 +30,7 @@ def calibrate(
     import torch
 
     import mixers
+    from lit_modules.callbacks import TRIED
     from lit_modules.data.text import TextData
     from mixers.threshold import thresholds_of
     from recipes.checkpoints import find, read
@@ -51,7 +52,7 @@ def calibrate(
     ]
     before = _usage(model, some)
     if allocate:
-        first, best = mixers.allocate(model.eval().decoder, some[:4], model.loss, progress=True)
+        first, best = mixers.allocate(model.eval().decoder, some[:TRIED], model.loss, progress=True)
         print(f"mean loss at KV usages 1/16, 1/8 and 1/4: {first:.4f}, allocated {best:.4f}")
     mixers.calibrate(model.decoder, some, run=model.decode)
     asked = next(thresholds_of(model)).kv_usage

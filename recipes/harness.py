@@ -70,5 +70,8 @@ def lm_eval_command(args: list[str]) -> int:
         args = ["run", "--model", "lightning_mixers", *args[1:]]
     sys.argv = ["python -m recipes lm_eval", *args]
     harness = HarnessCLI()
-    harness.execute(harness.parse_args())
+    try:
+        harness.execute(harness.parse_args())
+    except ValueError as error:  # the harness's own way of refusing: an unknown task or model
+        raise error if isinstance(error, SpecError) else SpecError(f"lm_eval: {error}") from error
     return 0

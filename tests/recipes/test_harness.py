@@ -26,11 +26,6 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
 
 
-@pytest.fixture
-def checkpoint(trained):
-    return trained / "runs/ham-text-1/checkpoints/last.ckpt"
-
-
 def request(kind, *arguments):
     return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
 
@@ -80,6 +75,8 @@ def test_the_command_line(run, checkpoint, tmp_path, monkeypatch):
     )
     assert result.code == 0
     assert "lightning_mixers" in result.out and "brackets" in result.out and "0.5" in result.out
+    error = run(f"lm_eval --model_args pretrained={checkpoint} --tasks no_such_task --device cpu").err
+    assert error.strip().splitlines()[-1] == "error: lm_eval: Tasks not found: no_such_task"
 
 
 def test_mistakes(tmp_path):
