@@ -29,7 +29,11 @@ def test_it_writes_usage_thresholds_histograms_and_a_picture(tmp_path, make_trai
 def test_without_routers_or_tensorboard_nothing_happens(tmp_path, make_trainer, make_model, make_mqar):
     logger = TensorBoardLogger(tmp_path, name="board")
     make_trainer(max_steps=1, logger=logger, callbacks=[RoutingMonitor()]).fit(make_model(mixer="gdn"), make_mqar())
-    make_trainer(max_steps=1, callbacks=[RoutingMonitor()]).fit(make_model(), make_mqar())
+    events = EventAccumulator(logger.log_dir).Reload().Tags()
+    assert not [tag for kind in ("scalars", "histograms", "images") for tag in events[kind] if "routing" in tag]
+    trainer = make_trainer(max_steps=1, callbacks=[RoutingMonitor()])
+    trainer.fit(make_model(), make_mqar())
+    assert trainer.global_step == 1
 
 
 def batch_of(kind):

@@ -95,6 +95,12 @@ def trained(tiny, tmp_path_factory):
 
 
 @pytest.fixture
+def checkpoint(trained):
+    """The last checkpoint of that run."""
+    return trained / "runs/ham-text-1/checkpoints/last.ckpt"
+
+
+@pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty working directory."""
     monkeypatch.chdir(tmp_path)

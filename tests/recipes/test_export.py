@@ -2,18 +2,12 @@
 
 import re
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from lit_modules.language_model import LanguageModel
 from mixers.hf import MixerForCausalLM
 from mixers.threshold import thresholds_of
-
-
-@pytest.fixture
-def checkpoint(trained):
-    return trained / "runs/ham-text-1/checkpoints/last.ckpt"
 
 
 def test_export_is_loaded_by_hugging_face_and_is_the_same_model(run, checkpoint, tmp_path):

@@ -5,11 +5,6 @@ import json
 import pytest
 
 
-@pytest.fixture
-def checkpoint(trained):
-    return trained / "runs/ham-text-1/checkpoints/last.ckpt"
-
-
 def test_the_picture_and_its_figures(run, checkpoint, tmp_path):
     out = tmp_path / "deep/ham.png"
     result = run(f"figures --ckpt_path {checkpoint} --tokens 60 --kv_usages [0.0,0.5,1.0] --out {out}")

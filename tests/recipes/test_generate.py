@@ -1,12 +1,5 @@
 """Text from a checkpoint on the command line."""
 
-import pytest
-
-
-@pytest.fixture
-def checkpoint(trained):
-    return trained / "runs/ham-text-1/checkpoints/last.ckpt"
-
 
 def test_it_writes_on_and_says_what_it_took(run, checkpoint):
     result = run(f"generate --ckpt_path {checkpoint} --prompt import --max_new_tokens 12 --temperature 0")

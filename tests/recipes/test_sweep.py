@@ -2,13 +2,6 @@
 
 import json
 
-import pytest
-
-
-@pytest.fixture
-def checkpoint(trained):
-    return trained / "runs/ham-text-1/checkpoints/last.ckpt"
-
 
 def test_a_checkpoint_is_tested_at_every_usage(run, checkpoint, tmp_path):
     result = run(f"sweep --ckpt_paths [{checkpoint}] --kv_usages [0,0.5,1] --out {tmp_path}")
