@@ -88,6 +88,20 @@ class Registry:
             return origin
         raise unknown(self.kind, name, self.names(), hints=self._aliases)
 
+    def portable(self, name: str) -> str:
+        """A name that another process can resolve: as it is, or the path of the class if only this process knows it."""
+        known = name in self._builtin or name in self._aliases or name in self._plugins()
+        return name if known or name not in self._registered else _origin(self._registered[name]).replace(":", ".")
+
+    def packages(self) -> set[str]:
+        """Top-level packages of all parts that are built in, registered, or declared by installed packages."""
+        origins = [
+            *self._builtin.values(),
+            *map(_origin, self._registered.values()),
+            *sum(self._plugins().values(), []),
+        ]
+        return {origin.partition(":")[0].partition(".")[0] for origin in origins}
+
     def get(self, name: str) -> type:
         """The class of a name. Raises SpecError if there is none, or it cannot be imported or is no such part."""
         name = self._aliases.get(name, name)

@@ -44,6 +44,9 @@ def run(command: str, args: list[str]) -> int:
 
     if command not in COMMANDS:
         raise unknown("command", command, COMMANDS)
+    from recipes import plugins
+
+    args = plugins.take(args)
     if command in LIGHTNING and {"-h", "--help"} & {*args}:
         from recipes.flags import help_text
 

@@ -5,18 +5,23 @@ without a word, and with `--ckpt_path last` and nothing to resume it starts anew
 the flags; then KV usage may be changed, and any other difference is an error, for the weights were learned with it.
 """
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
-from lit_modules.base import with_options
+from lit_modules.base import SequenceModule, with_options
 from mixers.registry import MIXERS, ROUTERS, THRESHOLDS, Registry, SpecError, parse_spec
+from recipes.messages import one_line
+from recipes.trust import check_options, trusted
 
 RECIPE = "recipe"  # the key of a checkpoint that holds the run's whole configuration
 LINKED = ("vocab_size", "num_classes")  # of the data; compared when the data is there
 FREE = ("kv_usage", *LINKED)
+INSTANTIATORS = (None, "lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
 
 
 def find(path: str, *, root: Path, name: str) -> Path:
@@ -55,9 +60,50 @@ class Saved:
         """Class path of the data module, where it is known."""
         return self.recipe.get("data", {}).get("class_path")
 
+    def data_options(self) -> dict[str, Any]:
+        """Of the data module. Raises SpecError if its class or one that an option names is not trusted."""
+        part = self.recipe["data"]
+        cls = trusted(part["class_path"], LightningDataModule, file=self.path)
+        options = part.get("init_args") or {}
+        check_options(options, cls, file=self.path)
+        check_options(part.get("dict_kwargs") or {}, cls, file=self.path)
+        return options
+
+    def build_data(self) -> LightningDataModule:
+        """The data module that the run was trained on. Raises SpecError as `data_options` does, or for bad options."""
+        if not self.data:
+            raise SpecError(f"{self.path} does not say what it was trained on; `fit` writes checkpoints that do")
+        options = self.data_options()
+        return trusted(self.data, LightningDataModule, file=self.path)(**options)
+
+    def load(self, cls: type[LightningModule] = LightningModule) -> LightningModule:
+        """The model, on the CPU. Raises SpecError if it is no `cls`, or does not fit the weights.
+
+        Args:
+            cls: what is expected; it is also what is built if the checkpoint names no class.
+        """
+        found = trusted(self.model_class, cls, file=self.path) if self.model_class else cls
+        try:
+            return found.load_from_checkpoint(self.path, map_location="cpu", weights_only=True)
+        except SpecError:
+            raise
+        except Exception as error:  # a constructor, or torch, with whatever is in the file
+            what = f"{type(error).__name__}: {one_line(str(error))}"
+            raise SpecError(f"{self.path} cannot be loaded as a {found.__name__}: {what}") from error
+
     def config(self, command: str, *, with_data: bool) -> dict[str, Any]:
-        """What to parse before the flags. Only training goes on with the same trainer."""
+        """What to parse before the flags. Only training goes on with the same trainer. Raises SpecError for a class
+        that is not trusted."""
         keys = ["seed_everything"] + ["data"] * with_data + ["trainer"] * (command == "fit")
+        if "data" in keys and self.data:
+            self.data_options()
+        if "trainer" in keys:
+            options = self.recipe.get("trainer", {})
+            check_options(options, Trainer, file=self.path)
+            callbacks = options.get("callbacks") or []
+            for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+                if isinstance(callback, dict):
+                    trusted(callback.get("class_path"), Callback, file=self.path)
         hparams = {key: value for key, value in self.hparams.items() if key not in LINKED}
         model = {"class_path": self.model_class} if self.model_class else {}
         return {key: self.recipe[key] for key in keys if key in self.recipe} | {"model": model | {"init_args": hparams}}
@@ -105,18 +151,37 @@ def _difference(one: Any, other: Any, path: str = "") -> tuple[str, Any, Any] | 
 
 
 def read(path: Path) -> Saved:
-    """Reads a checkpoint's plain data; of a sharded one, from its meta file. Raises SpecError if it is none."""
+    """Reads a checkpoint's plain data; of a sharded one, from its meta file. Nothing that it names is imported but what
+    :mod:`recipes.trust` lets pass.
+
+    Raises:
+        SpecError: it is none, is damaged, or names a class of the model that is not trusted.
+    """
+    file = path / "meta.pt" if path.is_dir() else path
+    _check_archive(file)
     try:
-        file = path / "meta.pt" if path.is_dir() else path
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         hparams = dict(checkpoint["hyper_parameters"])
+        recipe, step = dict(checkpoint.get(RECIPE, {})), int(checkpoint.get("global_step", 0))
+        well_formed = all(isinstance(recipe.get(key, {}), dict) for key in ("data", "trainer"))
     except Exception as error:  # torch.load and pickle raise whatever the bytes make them
         raise SpecError(f"{path} is no checkpoint with plain hyper-parameters ({type(error).__name__})") from error
-    hparams.pop("_instantiator", None)
-    return Saved(
-        path=path,
-        model_class=hparams.pop("_class_path", None),
-        hparams=hparams,
-        recipe=checkpoint.get(RECIPE, {}),
-        step=checkpoint.get("global_step", 0),
-    )
+    if not well_formed or {"hparams", "module_arguments"} & {*checkpoint}:
+        raise SpecError(f"{path} holds no recipe or hyper-parameters of a known kind: they are malformed")
+    if (instantiator := hparams.pop("_instantiator", None)) not in INSTANTIATORS:
+        raise SpecError(f"{path} asks for {instantiator!r} to build it, which is not Lightning's")
+    model_class = hparams.pop("_class_path", None)
+    cls = trusted(model_class, LightningModule, file=path) if model_class else SequenceModule
+    check_options(hparams, cls, file=path)
+    return Saved(path=path, model_class=model_class, hparams=hparams, recipe=recipe, step=step)
+
+
+def _check_archive(file: Path) -> None:
+    """Raises SpecError unless every part of a torch archive has the checksum that was saved; torch does not look."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # zipfile raises whatever the bytes make it
+        raise SpecError(f"{file} is no checkpoint, or a damaged one ({one_line(str(error))})") from error
+    if damaged:
+        raise SpecError(f"{file} is damaged: {damaged} does not have the checksum that was saved with it")

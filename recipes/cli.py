@@ -17,11 +17,13 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lit_modules.callbacks import NextSteps
 from lit_modules.data import DATA
 from mixers import SpecError
-from recipes import checkpoints, flags
+from mixers.registry import ROUTERS
+from recipes import checkpoints, flags, plugins
 from recipes.callbacks import AskedUsage, SaveConfig
-from recipes.messages import one_line
+from recipes.messages import one_line, program
 
 NOISE = (
     ".*does not have many workers.*",
@@ -86,6 +88,8 @@ class RecipeCLI(LightningCLI):
             self.saved.check(config.model.as_dict())
             if command == "fit" and 0 < config.trainer.max_steps <= self.saved.step:
                 raise SpecError(f"{path} is at step {self.saved.step} of {config.trainer.max_steps}; give more --steps")
+        self._write_out_names(config)
+        plugins.note(config.as_dict())
 
     def _parse(self, command: str, args: list[str]) -> Any:
         try:
@@ -93,6 +97,15 @@ class RecipeCLI(LightningCLI):
         except argparse.ArgumentError as error:
             raise SpecError(one_line(str(error), known=self._known_flags(command))) from error
         return self.config[command]
+
+    @staticmethod
+    def _write_out_names(config: Any) -> None:
+        """Names that a plug-in registered become the paths of their classes, which a checkpoint can be opened with."""
+        options = config.model.get("init_args", {})
+        if options.get("mixer"):
+            options["mixer"] = plugins.written_out(options["mixer"])
+        if options.get("router"):
+            options["router"] = plugins.written_out_spec(ROUTERS, options["router"])
 
     def _known_flags(self, command: str) -> list[str]:
         parser = self._subcommand_parsers[command]
@@ -147,6 +160,9 @@ class RecipeCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except ValueError as error:
             raise SpecError(one_line(str(error))) from error
+        for callback in trainer.callbacks:
+            if isinstance(callback, NextSteps):
+                callback.commands = {why: as_run(command) for why, command in callback.commands.items()}
         asked = self._get(self.config, "model").init_args.get("kv_usage")
         if self.saved and asked != self.saved.hparams.get("kv_usage"):
             trainer.callbacks.append(AskedUsage(asked))
@@ -168,7 +184,8 @@ class RecipeCLI(LightningCLI):
             self.trainer.fit(model, **kwargs)
         except SystemExit:  # how Lightning answers SIGTERM and Ctrl-C
             saved = self.trainer.checkpoint_callback and self.trainer.checkpoint_callback.last_model_path
-            say(f"\nstopped; go on with\n  python -m recipes fit --ckpt_path {saved}" if saved else "\nstopped")
+            again = as_run(f"python -m recipes fit --ckpt_path {saved}")
+            say(f"\nstopped; go on with\n  {again}" if saved else "\nstopped")
             raise
         except SpecError:
             if self.run_dir and self.trainer.global_step == 0:
@@ -192,10 +209,17 @@ def mistake_in(error: BaseException | None) -> SpecError | None:
     return None
 
 
+def as_run(command: str) -> str:
+    """A command of ours, to be printed, as it was started here: with the same program and plug-ins."""
+    head = "python -m recipes "
+    return f"{program()} {command.removeprefix(head)}{plugins.flags()}" if command.startswith(head) else command
+
+
 def run_name(mixer: str, data_class: str) -> str:
     """What a run is called before its number, such as ham-text; "*" stays as it is."""
     names = {path.replace(":", "."): name for name, path in DATA.items()}
     data = names.get(data_class, data_class.rpartition(".")[2].lower())
+    mixer = re.sub(r"(\w+[.:])+(?=\w)", "", mixer)  # of a class path, the class
     return "-".join(part if part == "*" else re.sub(r"[^\w-]+", "_", part).strip("_") for part in (mixer, data))
 
 

@@ -47,7 +47,7 @@ def write(ckpt_path: str, folder: Path, kv_usage: float | None = None, root: str
     from lit_modules.base import with_options
     from lit_modules.language_model import BYTES, LanguageModel
 
-    model = LanguageModel.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    model = saved.load(LanguageModel)
     hparams = model.hparams
     usage = hparams.kv_usage if kv_usage is None else kv_usage
     keys = ("vocab_size", "dim", "depth", "mlp_ratio", "tie_embeddings")

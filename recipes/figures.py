@@ -31,11 +31,12 @@ def figures(
         out: PNG to write; the figures go into a JSON file of the same name.
     """
     from lit_modules.language_model import LanguageModel
+    from recipes.checkpoints import read
 
     path = Path(text or textwrap_path())
     if not path.is_file() or not Path(ckpt_path).is_file():
         raise SpecError(f"no such file: {path if Path(ckpt_path).is_file() else ckpt_path}")
-    model = LanguageModel.load_from_checkpoint(ckpt_path, map_location="cpu", weights_only=True).eval()
+    model = read(Path(ckpt_path)).load(LanguageModel).eval()
     content = path.read_bytes()[:tokens]
     usages = kv_usages or [0.5, 0.25, 0.1]
     own = _routing(model.decoder, content)

@@ -6,7 +6,6 @@
 Recipes come first, whatever the order of the flags, so that every other flag, and every --config, wins over them.
 """
 
-import importlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -39,7 +38,7 @@ HELP = {
     "--data NAME": "text, mqar, classification, or the class path of a data module",
     "--steps N": "training steps",
     "--seed N": "seed of the initial weights (--data.seed: of the data)",
-    "--plugin MODULE": "import this module first, so that it can register mixers and routers",
+    "--plugin MODULE": "a module or file of yours that registers mixers or routers; every command takes it",
     "--ckpt_path PATH": "a checkpoint, or last: the newest one of the runs with this --mixer and --data, if given",
 }
 
@@ -119,16 +118,14 @@ def mixer_names(pattern: Any) -> list[str]:
 
 
 def parse(args: list[str]) -> Flags:
-    """Takes a command line apart, and imports its plug-ins.
+    """Takes a command line apart.
 
     Raises:
-        SpecError: a short flag without a value, an unknown mixer, or a plug-in that cannot be imported.
+        SpecError: a short flag without a value, or an unknown mixer.
     """
     flags = Flags()
     for flag, value in _short(args, flags.rest):
-        if flag == "--plugin":
-            _import(value)
-        elif flag == "--router":
+        if flag == "--router":
             flags.rest += ["--model.router", _spec(value)]
         elif flag in RENAMED:
             flags.rest += [RENAMED[flag], value]
@@ -142,7 +139,7 @@ def parse(args: list[str]) -> Flags:
 
 def _short(args: list[str], rest: list[str]) -> Iterator[tuple[str, str]]:
     """Yields the short flags with their values; whatever else there is goes to `rest`, in order."""
-    known = {"--mixer", "--data", "--router", "--plugin", *RENAMED}
+    known = {"--mixer", "--data", "--router", *RENAMED}
     words = iter(args)
     for word in words:
         flag, equals, value = word.partition("=")
@@ -166,13 +163,6 @@ def _check_mixer(name: str) -> None:
         MIXERS.origin(name)
     except SpecError:
         raise unknown("mixer", name, MIXERS.names(), hints=[*recipes(), *MIXERS.aliases()]) from None
-
-
-def _import(module: str) -> None:
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        raise SpecError(f"cannot import {module!r}: {error}") from error
 
 
 def _data_args(data: str, rest: list[str]) -> list[str]:

@@ -85,7 +85,7 @@ def load(ckpt_path: str, *, root: str = "runs", kv_usage: float | None = None):
     saved = read(path)
     if saved.hparams.get("vocab_size") != BYTES or "num_classes" in saved.hparams:
         raise SpecError(f"{path} is no language model of bytes")
-    model = LanguageModel.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
+    model = saved.load(LanguageModel).eval()
     if kv_usage is not None:
         set_kv_usage(model, kv_usage)
     import torch

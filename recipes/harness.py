@@ -4,6 +4,7 @@ The harness finds models in a table of its own and loads no plug-ins, so one of 
 command, which is the harness's own command line, or `import recipes.harness` in a program that calls `lm_eval`.
 """
 
+import json
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +21,10 @@ try:
 except ImportError as error:
     raise SpecError(f"lm_eval needs the harness: pip install 'lightning-mixers[eval]' ({error})") from error
 
+from lit_modules.base import SequenceModule
+from recipes.checkpoints import find, read
 from recipes.export import write
+from recipes.trust import check_options
 
 NEWLINE = 10
 
@@ -50,11 +54,12 @@ class LightningMixersLM(HFLM):
         if kv_usage is not None:
             check_usage(kv_usage)
         options = {"backend": "causal"} | options
-        if (Path(pretrained) / "config.json").is_file():
+        if _checked(pretrained):
             super().__init__(pretrained, prefix_token_id=prefix_token_id, **options)
         else:
             with TemporaryDirectory() as folder:
-                write(pretrained, Path(folder))
+                path, _ = write(pretrained, Path(folder))
+                print(f"lm_eval: weights of {path}", file=sys.stderr)
                 super().__init__(folder, prefix_token_id=prefix_token_id, **options)
         if prefix_token_id is None and self.vocab_size == 256:
             self.custom_prefix_token_id = NEWLINE
@@ -62,8 +67,26 @@ class LightningMixersLM(HFLM):
             set_kv_usage(self.model, kv_usage)
 
 
+def _checked(pretrained: str) -> bool:
+    """Whether it is an exported model. Raises SpecError if it is no whole checkpoint, or names code that is not trusted
+    (:mod:`recipes.trust`)."""
+    file = Path(pretrained) / "config.json"
+    if not file.is_file():
+        read(find(pretrained, root=Path("runs"), name="*"))
+        return False
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise SpecError(f"{file} is no JSON: {error}") from error
+    if isinstance(config, dict) and "mixer" in config:
+        check_options({"mixer": config["mixer"]}, SequenceModule, file=file)
+    return True
+
+
 def lm_eval_command(args: list[str]) -> int:
-    """`python -m recipes lm_eval ...`: as `lm_eval ...`, with our model as the default one."""
+    """`python -m recipes lm_eval ...`: as `lm_eval ...`, with our model as the default one, and with `--ckpt_path PATH`
+    for its argument `pretrained`."""
+    args = _with_checkpoint(args)
     if not args or args[0].startswith("-") and not {"-h", "--help"} & {*args}:
         args = ["run", *args]
     if args[0] == "run" and not {"-h", "--help", "--model", "-M"} & {*args}:
@@ -75,3 +98,28 @@ def lm_eval_command(args: list[str]) -> int:
     except ValueError as error:  # the harness's own way of refusing: an unknown task or model
         raise error if isinstance(error, SpecError) else SpecError(f"lm_eval: {error}") from error
     return 0
+
+
+def _with_checkpoint(args: list[str]) -> list[str]:
+    """--ckpt_path PATH as the harness has it: among the --model_args."""
+    rest, given, words = [], None, iter(args)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag == "--ckpt_path":
+            given = value if equals else next(words, "")
+            if not given or given.startswith("--") or "," in given:
+                raise SpecError(f"--ckpt_path needs a path without a comma, got {given!r}")
+        else:
+            rest.append(word)
+    if given is None:
+        return rest
+    _checked(given)  # before the harness looks for its tasks
+    for i, word in enumerate(rest):
+        flag, equals, value = word.partition("=")
+        if flag in ("--model_args", "-a"):
+            if "pretrained=" in word + "".join(rest[i + 1 : i + 2]):
+                raise SpecError("give either --ckpt_path or --model_args pretrained=...")
+            at, value = (i, value) if equals else (i + 1, rest[i + 1])
+            rest[at] = f"{flag}=" * bool(equals) + f"pretrained={given},{value}"
+            return rest
+    return [*rest, "--model_args", f"pretrained={given}"]

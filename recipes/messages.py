@@ -2,13 +2,20 @@
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 KEY = re.compile(r'Parser key "([^"]+)":?\s*')
 # What tells a user nothing: that a value fits no member of a union, and how that union is spelled.
 NOISE = re.compile(r"(- )?(Does not validate|Subtypes:|Errors:|Given value|Problem with given|Expected a path)")
 EXPECTED = re.compile(r"(?:- )?Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing\.(Literal\[.*\]))$")
 UNKNOWN_FLAG = re.compile(r"(?:[Oo]ption|arguments:) '?(?:--)?([\w.]+)")
+
+
+def program() -> str:
+    """How the command line was started."""
+    return "mixers" if Path(sys.argv[0]).stem == "mixers" else "python -m recipes"
 
 
 def one_line(message: str, known: Iterable[str] = ()) -> str:

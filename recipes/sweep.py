@@ -1,6 +1,5 @@
 """Trained models along the dial: loss and accuracy at many KV usages, and the curve of what each budget costs."""
 
-import importlib
 import logging
 import warnings
 from pathlib import Path
@@ -76,14 +75,10 @@ def _load(saved) -> tuple[Any, Any, str]:
     from lit_modules.language_model import BYTES
     from mixers.threshold import thresholds_of
 
-    if not saved.model_class or not saved.data:
-        raise SpecError(f"{saved.path} does not say what it was trained on; `recipes fit` writes checkpoints that do")
-    model_class, data_class = (_import(path) for path in (saved.model_class, saved.data))
-    model = model_class.load_from_checkpoint(saved.path, map_location="cpu", weights_only=True)
+    data, model = saved.build_data(), saved.load()
     if next(thresholds_of(model), None) is None:
         raise SpecError(f"{saved.path}: the model has no KV usage to set")
     model.trained_usage = next(thresholds_of(model)).kv_usage
-    data = data_class(**saved.recipe["data"].get("init_args", {}))
     return model, data, "bits_per_byte" if saved.hparams.get("vocab_size") == BYTES else "accuracy"
 
 
@@ -139,8 +134,3 @@ def _weights_table(rows: list[dict[str, Any]], count: int) -> str:
     ]
     header = [f"cache after {count:,} tokens", "KV usage", "bytes of keys and values", "of softmax attention's"]
     return "\n\n" + markdown_table(header, lines)
-
-
-def _import(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)

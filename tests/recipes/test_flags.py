@@ -71,7 +71,6 @@ def test_names():
         (["--mixer", "hybird"], "Did you mean 'hybrid'?"),
         (["--mixer", "ham*none"], "'ham\\*none'"),
         (["--mixer", "{name: ham"], "as YAML"),
-        (["--plugin", "no_such_module"], "no_such_module"),
     ],
 )
 def test_mistakes(args, message):
