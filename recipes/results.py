@@ -1,6 +1,7 @@
 """What makes a figure believable: where, when and with what it was measured, written beside it."""
 
 import json
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -9,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA_VERSION = 1
-PACKAGES = ("torch", "triton", "lightning", "jsonargparse", "flash-linear-attention", "transformers", "torchmetrics")
+PACKAGES = (
+    "lightning-mixers",
+    "torch",
+    "triton",
+    "lightning",
+    "jsonargparse",
+    "flash-linear-attention",
+    "transformers",
+    "torchmetrics",
+)
 
 
 def stamp() -> dict[str, Any]:
@@ -26,14 +36,17 @@ def stamp() -> dict[str, Any]:
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "commit": commit(),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")) if _tracked() else None,
         "backends": dict(CHOSEN),
     }
 
 
 def commit() -> str | None:
-    """Of the code that runs; None outside a repository."""
-    return _git("rev-parse", "HEAD")
+    """Of the code that runs. Where no repository holds it, as in site-packages, the version that is installed."""
+    if _tracked():
+        return _git("rev-parse", "HEAD")
+    installed = _version(PACKAGES[0])
+    return installed and f"{PACKAGES[0]} {installed}"
 
 
 def device_name() -> str:
@@ -73,9 +86,17 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _tracked() -> bool:
+    """Whether the repository around this file is its own: an environment may lie within that of somebody else."""
+    return _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
+
+
 def _git(*args: str) -> str | None:
-    here = Path(__file__).parent
+    here = Path(__file__).resolve().parent
+    env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}  # a hook names a repository
     try:
-        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *args], cwd=here, env=env, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
