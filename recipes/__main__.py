@@ -6,6 +6,7 @@ Imports neither torch nor Lightning nor jsonargparse, so that help and lists com
 import argparse
 import importlib
 import sys
+import warnings
 from typing import Any
 
 LIGHTNING = ("fit", "validate", "test", "predict")
@@ -79,7 +80,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     from mixers.registry import SpecError
+    from recipes.messages import show_warning
 
+    warnings.showwarning = show_warning
     try:
         return run(argv[0], argv[1:])
     except (SpecError, argparse.ArgumentError) as error:

@@ -1,10 +1,11 @@
-"""jsonargparse's errors, which are trees over many lines, as one line."""
+"""jsonargparse's errors, which are trees over many lines, and Python's warnings, which are two, as one line."""
 
 import difflib
 import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 KEY = re.compile(r'Parser key "([^"]+)":?\s*')
 # What tells a user nothing: that a value fits no member of a union, and how that union is spelled.
@@ -40,3 +41,12 @@ def one_line(message: str, known: Iterable[str] = ()) -> str:
         close = difflib.get_close_matches(name, list(known), n=1)
         text += f". Did you mean --{close[0]}?" if close else ""
     return f"{key}: {text}" if key else text
+
+
+def show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
+    """For `warnings.showwarning`: one line on stderr, above a progress bar if there is one."""
+    text = f"warning: {' '.join(str(message).split())}"
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
+    else:
+        print(text, file=sys.stderr)

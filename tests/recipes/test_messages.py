@@ -1,6 +1,9 @@
+import warnings
+
 import pytest
 
-from recipes.messages import one_line
+from recipes import __main__ as main
+from recipes.messages import one_line, show_warning
 
 NESTED = """Parser key "model":
   Does not validate against any of the Union subtypes
@@ -44,3 +47,24 @@ def test_one_line(message, expected):
     else:
         key = message.split('"')[1].replace("init_args.", "")
         assert line == f"{key}: Expected a int. Got value: x"
+
+
+def test_a_warning_is_one_line_above_the_bar(capsys):
+    from tqdm import tqdm
+
+    with warnings.catch_warnings(), tqdm(total=2, unit="step") as bar:
+        warnings.simplefilter("always")
+        warnings.showwarning = show_warning
+        bar.update()
+        warnings.warn("two\n  lines", stacklevel=1)
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert "warning: two lines" in lines
+    assert all(not line.strip() or line.strip().endswith("]") for line in lines if line != "warning: two lines")
+
+
+def test_every_command_warns_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(main, "run", lambda command, args: warnings.warn(f"{command}\nis odd", stacklevel=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        main.main(["ls"])
+    assert capsys.readouterr().err == "warning: ls is odd\n"
