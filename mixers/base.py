@@ -192,10 +192,17 @@ class Mixer(nn.Module):
 
 
 def kv_cache_bytes(state: Any) -> int:
-    """Bytes that keys and values of `state` (of a mixer, or a list of such) really hold."""
+    """Bytes that keys and values of `state` (of a mixer, or a list of such) hold, free places in pages and all."""
     if isinstance(state, (list, tuple)):
         return sum(kv_cache_bytes(s) for s in state)
     return 0 if state is None or state.kv is None else state.kv.bytes
+
+
+def kv_stored_bytes(state: Any) -> int:
+    """Bytes of the keys and values in `state` (of a mixer, or a list of such): kept tokens x bytes of one."""
+    if isinstance(state, (list, tuple)):
+        return sum(kv_stored_bytes(s) for s in state)
+    return 0 if state is None or state.kv is None else state.kv.stored_bytes
 
 
 def state_bytes(state: Any) -> int:

@@ -45,6 +45,12 @@ class BoundedCache:
         """Bytes of keys, values and scores."""
         return sum(x.numel() * x.element_size() for x in (self.k, self.v, self.score))
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the kept keys and values alone."""
+        k, v = self.k, self.v
+        return int(self.counts.sum()) * (k.shape[2] * k.element_size() + v.shape[2] * v.element_size())
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "BoundedCache":
         return BoundedCache(function(self.k), function(self.v), function(self.score), self.heads, self.limit)
 

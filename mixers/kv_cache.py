@@ -70,6 +70,12 @@ class KVCache:
         recent = () if self.recent is None else (self.recent.k, self.recent.v)
         return self.pages.bytes + sum(x.numel() * x.element_size() for x in recent)
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the kept keys and values alone."""
+        k, v = self.pages.k, self.pages.v
+        return int(self.counts.sum()) * (k.shape[2] * k.element_size() + v.shape[2] * v.element_size())
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "KVCache":
         recent = None if self.recent is None else self.recent.map(function)
         return replace(self, pages=self.pages.map(function), recent=recent)

@@ -2,17 +2,18 @@
 
 import hashlib
 import json
+import math
 import os
+import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mixers.registry import SpecError, parse_pattern, unknown
+from recipes.compare_pool import train_all
 
 HERE = Path(__file__).parent
 GRID = ("mixer", "router", "kv_usage", "scope", "combine", "budget")
@@ -31,12 +32,14 @@ def compare(
     model_options: dict[str, Any] | None = None,
     steps: int = 300,
     seeds: int = 5,
+    learning_rates: list[float] | None = None,
     test_usages: list[float] | None = None,
     jobs: int = 0,
     quick: bool = False,
+    redraw: str | None = None,
     out: str = "runs/compare",
 ) -> None:
-    """Trains contestants head to head; prints and saves one table, one plot and the raw figures.
+    """Trains contestants head to head; prints and saves one table, the plots and the raw figures.
 
     A run that is already in the output folder, with the same settings, is not trained again: an interrupted comparison
     goes on, and a longer one adds to a shorter.
@@ -52,14 +55,20 @@ def compare(
         model_options: of the model, such as {dim: 64, depth: 2, learning_rate: 0.006}.
         steps: training steps of every run.
         seeds: runs of every contestant; seed i draws the same data for all.
+        learning_rates: trains every contestant at each of them; of each, the one that is best on the validation split
+            goes into the table and the plots, and all go into results.json.
         test_usages: KV usages at which each trained model that has one is tested as well; they are drawn in curve.png.
         jobs: runs side by side, one thread each; 0 is the number of cores.
         quick: a smaller task and fewer contestants: an answer in about 5 minutes on two cores.
-        out: folder for runs.jsonl, results.json, table.md and plot.png.
+        redraw: a folder with the results.json of a comparison or of a sweep: draws its plots anew, and trains nothing.
+        out: folder for runs.jsonl, results.json, table.md and, where there is something to see, plot.png (the metric
+            against KV usage), curve.png (see test_usages) and curves.png (the training losses).
     """
     from mixers.threshold import check_usage
-    from recipes.compare_report import report
+    from recipes.compare_report import redraw_plots, report
 
+    if redraw:
+        return redraw_plots(Path(redraw))
     settings = {
         "data": data,
         "data_options": (QUICK["data"] if quick and data == "mqar" else {}) | (data_options or {}),
@@ -78,15 +87,16 @@ def compare(
     cells = list(expand(contestants))
     seeds = QUICK["seeds"] if quick and seeds == 5 else seeds
     check(cells, settings)
+    cells = list(_at_each_rate(cells, learning_rates or [], settings))
 
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "runs.jsonl"
-    done = {row["key"]: row for row in map(json.loads, log.read_text().splitlines())} if log.exists() else {}
+    done = _finished(log)
     wanted = [cell | settings | {"seed": seed} for seed in range(seeds) for cell in cells]
     keys = [_key(run) for run in wanted]
     missing = [run | {"key": key} for run, key in zip(wanted, keys, strict=True) if key not in done]
-    for row in _train_all(missing, jobs or os.cpu_count() or 1):
+    for row in train_all(missing, jobs or os.cpu_count() or 1):
         done[row["key"]] = row
         with log.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -132,6 +142,41 @@ def check(cells: list[dict[str, Any]], settings: dict[str, Any]) -> None:
         build(cell | settings | {"seed": 0})
 
 
+def _at_each_rate(
+    cells: list[dict[str, Any]], rates: list[float], settings: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """The contestants, each at every learning rate; as they are, if none is given."""
+    if rates and "learning_rate" in settings["model_options"]:
+        raise SpecError("give --learning_rates or --model_options.learning_rate, not both")
+    for rate in rates:
+        if not (math.isfinite(rate) and rate > 0):
+            raise SpecError(f"learning_rates must be positive, got {rate}")
+    for cell in cells:
+        choices = [{"learning_rate": rate} for rate in dict.fromkeys(rates)] or [{}]
+        yield from (cell | {"options": cell["options"] | choice} for choice in choices)
+
+
+def _finished(log: Path) -> dict[str, dict[str, Any]]:
+    """key -> row of the runs in a log. A last line that was cut when the comparison was ended is dropped.
+
+    Raises:
+        SpecError: another line is no run.
+    """
+    lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+    rows = {}
+    for number, line in enumerate(lines, 1):
+        whole = line.endswith(b"\n")
+        try:
+            row = json.loads(line) if whole else {}
+            rows[row["key"]] = row
+        except (ValueError, KeyError, TypeError) as error:
+            if whole:
+                raise SpecError(f"{log}: line {number} is no run of a comparison") from error
+            print(f"{log}: the last line was cut; that run is trained again", file=sys.stderr)
+            os.truncate(log, sum(map(len, lines[:-1])))
+    return rows
+
+
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
         return yaml.safe_load(path.read_text())["contestants"]
@@ -150,29 +195,3 @@ def _grid_options(mixer: Spec, routers: list[str] | None, kv_usages: list[float]
 def _key(run: dict[str, Any]) -> str:
     content = {key: value for key, value in run.items() if key != "label"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _train_all(runs: list[dict[str, Any]], jobs: int) -> Iterator[dict[str, Any]]:
-    """Results as they come. A run that fails is reported and left out; the others go on."""
-    from tqdm import tqdm
-
-    from recipes.compare_run import train
-
-    if not runs:
-        return
-    os.environ["OMP_NUM_THREADS"] = "1"  # before the workers load torch
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool, tqdm(total=len(runs), unit="run") as bar:
-        futures = {pool.submit(train, run): run for run in runs}
-        try:
-            for future in as_completed(futures):
-                bar.update()
-                run = futures[future]
-                if error := future.exception():
-                    bar.write(f"{run['label']}, seed {run['seed']}, failed: {type(error).__name__}: {error}")
-                    continue
-                row = future.result()
-                bar.set_postfix_str(f"{run['label']}: {row['metric']} {row[row['metric']]:.3f}")
-                yield row
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise

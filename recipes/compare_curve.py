@@ -5,9 +5,24 @@ from statistics import mean
 from typing import Any
 
 from lit_modules.budgets import build_budget
+from recipes.compare_plot import (
+    HIGHER_IS_BETTER,
+    LEVEL,
+    Line,
+    band,
+    choose,
+    left_out,
+    level,
+    metric_name,
+    name,
+    new_axes,
+    styled,
+    usage_axis,
+)
 from recipes.results import markdown_table
 
 Row = dict[str, Any]
+LEAST_SPAN = 0.05  # of a metric, as a share of it: less would make noise look like a trend
 
 
 def _points(runs: list[Row]) -> dict[float, list[Row]]:
@@ -34,37 +49,66 @@ def curve_table(by_label: dict[str, list[Row]]) -> str:
 
 
 def draw_curves(by_label: dict[str, list[Row]], path: Path) -> None:
-    """The metric against the KV usage that was measured: a line a model with its seeds as a band, a star where it was
-    trained, a level for models without a usage. Nothing is drawn if nothing was tested so."""
-    from matplotlib.figure import Figure
-
+    """The metric against the KV usage that was measured, or against bytes where a cache was weighed: a line a model
+    with its seeds as a band, a star where it was trained, a level for models without a usage. Nothing is drawn if
+    nothing was tested so."""
     curves = {label: points for label, runs in by_label.items() if (points := _points(runs))}
     if not curves:
         return
     metric = next(iter(by_label.values()))[0]["metric"]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for i, (label, points) in enumerate(curves.items()):
-        some = [points[usage] for usage in sorted(points)]
-        x = [mean(point["kv_usage"] for point in seeds) for seeds in some]
-        values = [[point[metric] for point in seeds] for seeds in some]
-        axes.plot(x, [mean(v) for v in values], marker="o", ms=4, color=f"C{i}", label=label)
-        axes.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=f"C{i}", alpha=0.15, lw=0)
-        runs = by_label[label]
-        if build_budget(runs[0]["options"].get("budget", "fixed")) is None:
-            place = mean(run["kv_usage"] for run in runs), mean(run[metric] for run in runs)
-            axes.plot(*place, marker="*", ms=13, color=f"C{i}", mec="black", mew=0.5, ls="")
-    for i, (label, runs) in enumerate((name, runs) for name, runs in by_label.items() if name not in curves):
-        axes.axhline(
-            mean(run[metric] for run in runs), color="black", ls=("-", "--", "-.", ":")[i % 4], lw=1, label=label
-        )
-    asked = sorted({usage for points in curves.values() for usage in points})
-    axes.set_xscale("symlog", base=2, linthresh=1 / 16, linscale=1)  # small budgets are where curves differ
-    axes.set_xticks(asked, [f"{usage:g}" for usage in asked], fontsize=8)
-    axes.set_xlim(left=-1 / 100)
-    axes.minorticks_off()
-    axes.set(xlabel="KV usage when tested (stored tokens / tokens)", ylabel=f"test {metric.replace('_', ' ')}")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    every = [point for points in curves.values() for some in points.values() for point in some]
+    weighed = all("kv_bytes" in point for point in every)
+    lines = []
+    for label, runs in by_label.items():
+        if label not in curves:
+            lines.append(Line(label, "rival", {LEVEL: [run[metric] for run in runs]}))
+            continue
+        points: dict[float, list[float]] = {}
+        for some in curves[label].values():
+            x = mean(point["kv_bytes"] / 2**20 if weighed else point["kv_usage"] for point in some)
+            points[x] = [point[metric] for point in some]
+        lines.append(Line(label, "router", points))
+    shown = choose(lines, HIGHER_IS_BETTER[metric])
+    left = min(x for line in shown for x in line.x if x != LEVEL)
+    figure, axes = new_axes()
+    starts = []
+    for line, style in styled(shown):
+        if line.x == [LEVEL]:
+            level(axes, line, style)
+        else:
+            band(axes, line, marker="o", ms=4, **style)
+            runs = by_label[line.name]
+            if not weighed and build_budget(runs[0]["options"].get("budget", "fixed")) is None:
+                place = mean(run["kv_usage"] for run in runs), mean(run[metric] for run in runs)
+                axes.plot(*place, marker="*", ms=13, color=style["color"], mec="black", mew=0.5, ls="")
+        starts.append((left, line.y[0], line.name, style["color"]))
+    if weighed:
+        _bytes_axis(axes, every, metric)
+    else:
+        usage_axis(axes, sorted({usage for points in curves.values() for usage in points}))
+        axes.set(xlim=(left, 1.02), xlabel="KV usage when tested (stored tokens / tokens)")
+    low, high = axes.get_ylim()
+    missing = max(LEAST_SPAN * abs(high) - (high - low), 0)
+    axes.set_ylim(low - missing / 2, high + missing / 2)
+    axes.set_ylabel(metric_name(metric))
+    if weighed:
+        axes.legend([line.name for line, _ in styled(shown)], fontsize=8.5, frameon=False)
+    else:
+        axes.yaxis.tick_right()
+        axes.yaxis.set_label_position("right")
+        name(axes, starts, "left")
+    left_out(axes, shown, lines)
     figure.savefig(path, dpi=130)
+
+
+def _bytes_axis(axes: Any, points: list[Row], metric: str) -> None:
+    """MiB of keys and values, pages included; at the points their usage, and where softmax attention would be."""
+    for point in points:
+        at = point["kv_bytes"] / 2**20, point[metric]
+        axes.annotate(f"usage {point['asked']:g}", at, (0, 8), textcoords="offset points", ha="center", fontsize=8)
+    whole = max(point["kv_bytes"] / point["of_attention"] for point in points) / 2**20
+    axes.axvline(whole, color="0.55", lw=1.5)
+    axes.text(whole, 0.02, "softmax attention ", transform=axes.get_xaxis_transform(), rotation=90, ha="right",
+              fontsize=8.5, color="0.4")  # fmt: skip
+    tokens = points[0]["long"]
+    axes.set(xlim=(0, 1.05 * whole), xlabel=f"MiB of keys and values held after {tokens:,} tokens, pages included")

@@ -1,56 +1,113 @@
-"""The table, the plot and the JSON of a comparison."""
+"""The table and the JSON of a comparison."""
 
+import json
+import math
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from mixers.registry import SpecError
 from recipes.compare_curve import curve_table, draw_curves
+from recipes.compare_plot import CONTROLS, HIGHER_IS_BETTER, draw, draw_losses, router_of
 from recipes.results import markdown_table, stamp, write_json
-
-CONTROLS = ("random", "recency", "static")
-HIGHER_IS_BETTER = {"accuracy": True, "bits_per_byte": False}
 
 Row = dict[str, Any]
 
 
 def report(rows: list[Row], settings: dict[str, Any], folder: Path) -> None:
-    """Writes results.json, table.md and plot.png into the folder, and prints the table."""
+    """Writes results.json, table.md and the plots into the folder, and prints the table."""
     if not rows:
         raise RuntimeError("every run failed; see the messages above")
-    by_label: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_label[row["label"]].append(row)
-    text = "\n\n".join(part for part in (table(by_label), paired(rows), curve_table(by_label)) if part)
+    best, rates = at_best_rate(rows)
+    by_label = _by_label(best)
+    text = "\n\n".join(part for part in (table(by_label), paired(best), curve_table(by_label)) if part)
     stamped = stamp()  # before the repository is dirty with these files
     (folder / "table.md").write_text(text + "\n")
-    write_json(folder / "results.json", stamped | {"settings": settings, "runs": rows})
-    draw(rows, folder / "plot.png")
-    draw_curves(by_label, folder / "curve.png")
+    chosen = {"learning_rates": rates} if rates else {}
+    write_json(folder / "results.json", stamped | {"settings": settings} | chosen | {"runs": rows})
+    _draw_all(best, folder)
     print(
         f"\n{settings['data']}, {settings['steps']} steps, {settings['data_options']}\n\n{text}\n\nwritten to {folder}/"
     )
 
 
+def redraw_plots(folder: Path) -> None:
+    """Draws the plots of a results.json that is there; all else stays as it is."""
+    path = folder / "results.json"
+    try:
+        rows = json.loads(path.read_text())["runs"]
+        rows[0]["label"]
+        if all("mixer" in row for row in rows):
+            _draw_all(at_best_rate(rows)[0], folder)
+        else:  # of a sweep
+            draw_curves(_by_label(rows), folder / "curve.png")
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise SpecError(f"{path} holds no comparison: {type(error).__name__}: {error}") from error
+
+
+def _draw_all(rows: list[Row], folder: Path) -> None:
+    by_label = _by_label(rows)
+    draw(by_label, folder / "plot.png")
+    draw_curves(by_label, folder / "curve.png")
+    draw_losses(by_label, folder / "curves.png")
+
+
+def _by_label(rows: list[Row]) -> dict[str, list[Row]]:
+    by_label: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_label[row["label"]].append(row)
+    return dict(by_label)
+
+
+def at_best_rate(rows: list[Row]) -> tuple[list[Row], dict[str, Any]]:
+    """The runs of every contestant at its best learning rate, that of the best mean on the validation split; and what
+    was compared: label -> {"best": rate, "validation": {rate: mean}}. A rate at which seeds failed is not chosen over
+    one at which fewer did."""
+    chosen, rates = [], {}
+    for label, runs in _by_label(rows).items():
+        by_rate: dict[float, list[Row]] = defaultdict(list)
+        for run in runs:
+            by_rate[run["options"].get("learning_rate")].append(run)
+        if None in by_rate:  # all at one rate, that of the settings
+            chosen += runs
+            continue
+        metric = runs[0]["metric"]
+        sign = 1 if HIGHER_IS_BETTER[metric] else -1
+        means = {rate: mean(run["validation"][metric] for run in some) for rate, some in by_rate.items()}
+
+        def merit(rate: float, sign=sign, means=means, by_rate=by_rate) -> tuple[int, float]:
+            return len(by_rate[rate]), sign * means[rate] if math.isfinite(means[rate]) else -math.inf
+
+        best = max(by_rate, key=merit)
+        chosen += by_rate[best]
+        rates[label] = {"best": best, "validation": {str(rate): means[rate] for rate in sorted(means)}}
+    return chosen, rates
+
+
 def table(by_label: dict[str, list[Row]]) -> str:
     """One line a contestant: mean [worst, best] over seeds, usage, size, bytes, time."""
     metric = next(iter(by_label.values()))[0]["metric"]
-    header = ["contestant", f"{metric} [min, max]", "seeds", "KV usage", "per head, layer by layer", "parameters"]
-    header += ["state bytes", "KV bytes", "tokens", "s/run"]
-    return markdown_table(header, [_line(label, runs, metric) for label, runs in by_label.items()])
+    rated = any("learning_rate" in runs[0]["options"] for runs in by_label.values())
+    header = ["contestant", f"{metric} [min, max]", "seeds", *(["learning rate"] if rated else []), "KV usage"]
+    header += ["per head, layer by layer", "parameters", "state bytes", "KV bytes", "in pages of 64", "tokens", "s/run"]
+    return markdown_table(header, [_line(label, runs, metric, rated) for label, runs in by_label.items()])
 
 
-def _line(label: str, runs: list[Row], metric: str) -> list[str]:
+def _line(label: str, runs: list[Row], metric: str, rated: bool) -> list[str]:
     values = [run[metric] for run in runs]
     usage = [run["kv_usage"] for run in runs if "kv_usage" in run]
+    exact = [run["kv_stored_bytes"] for run in runs if "kv_stored_bytes" in run]  # not in the results of older versions
     return [
         label,
         f"{mean(values):.3f} [{min(values):.3f}, {max(values):.3f}]",
         str(len(runs)),
+        *([f"{runs[0]['options']['learning_rate']:g}"] if rated else []),
         f"{mean(usage):.3f}" if usage else "-",
         _split(runs) or "-",
         f"{runs[0]['parameters']:,}",
         f"{runs[0]['state_bytes']:,}",
+        f"{mean(exact):,.0f}" if exact else "-",
         f"{mean(run['kv_bytes'] for run in runs):,.0f}",
         str(runs[0]["tokens"]),
         f"{mean(run['seconds'] for run in runs):.0f}",
@@ -78,7 +135,7 @@ def paired(rows: list[Row]) -> str:
         options = row["options"]
         if "router" in options and "kv_usage" in options:
             cells[row["label"], options["kv_usage"]][row["seed"]] = row[metric]
-    routers = {row["label"]: _router(row) for row in rows}
+    routers = {row["label"]: router_of(row) for row in rows}
     lines = []
     for (label, usage), ours in cells.items():
         if routers[label] in CONTROLS:
@@ -95,47 +152,3 @@ def paired(rows: list[Row]) -> str:
             lines.append(cell)
     header = [f"gain in {metric}, and seeds won", *(f"over {control}" for control in CONTROLS)]
     return markdown_table(header, lines) if lines else ""
-
-
-def _router(row: Row) -> str | None:
-    router = row["options"].get("router")
-    return router["name"] if isinstance(router, dict) else router
-
-
-def draw(rows: list[Row], path: Path) -> None:
-    """The metric against KV usage: a line a router, a level for what has no usage to set, a dot a seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    metric = rows[0]["metric"]
-    lines: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    levels: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        usage = row["options"].get("kv_usage")
-        if usage is None:
-            levels[row["label"]].append(row[metric])
-        else:
-            lines[row["label"].replace(f" {usage}", "").removeprefix("ham ")][usage].append(row[metric])
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    colours = plt.get_cmap("tab20").colors
-    for i, (label, points) in enumerate(sorted(lines.items(), key=lambda item: -mean(item[1][min(item[1])]))):
-        usages = sorted(points)
-        style = ":" if label.split(" ")[0].split("(")[0] in CONTROLS else "-"
-        axes.plot(
-            usages, [mean(points[u]) for u in usages], style, color=colours[i % 20], marker="o", ms=5, label=label
-        )
-        for u in usages:
-            axes.plot([u] * len(points[u]), points[u], ".", color=colours[i % 20], alpha=0.4, ms=4)
-    for i, (label, values) in enumerate(levels.items()):
-        axes.axhline(mean(values), color="black", ls=("-", "--", "-.", ":")[i % 4], lw=1, label=f"{label} (level)")
-    if lines:
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(sorted({u for points in lines.values() for u in points if u > 0}))
-        axes.xaxis.set_major_formatter(lambda u, _: f"{u:g}")
-    axes.set(xlabel="KV usage (stored tokens / tokens)", ylabel=f"test {metric.replace('_', ' ')}")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    figure.savefig(path, dpi=130)
-    plt.close(figure)

@@ -13,9 +13,10 @@ from kernels.dispatch import CHOSEN
 from lit_modules.base import SequenceModule, with_options
 from lit_modules.callbacks import CalibrateThresholds
 from lit_modules.data import DATA, MODELS
-from mixers.base import kv_cache_bytes, state_bytes
+from mixers.base import kv_cache_bytes, kv_stored_bytes, state_bytes
 from mixers.registry import SpecError, unknown
 from mixers.threshold import set_kv_usage, thresholds_of
+from recipes.compare_pool import count_step
 from recipes.results import commit
 
 METRIC = {"mqar": "accuracy", "classification": "accuracy", "text": "bits_per_byte"}
@@ -24,7 +25,28 @@ MODEL_DEFAULTS = {
     "classification": {"dim": 64, "depth": 2},
     "text": {"dim": 128, "depth": 2},
 }
+POINTS = 50  # of a learning curve
 DATA_DEFAULTS = {"text": {"batch_tokens": 2048, "seq_len": 256}}
+
+
+class Losses(pl.Callback):
+    """Keeps (step, mean training loss since the last point), POINTS of them at most; counts steps for the bar.
+
+    Args:
+        steps: of the run.
+    """
+
+    def __init__(self, steps: int):
+        self.every = -(-steps // POINTS)
+        self.points: list[tuple[int, float]] = []
+        self.recent: list[torch.Tensor] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        count_step()
+        self.recent.append(trainer.callback_metrics["train/loss"])
+        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+            self.points.append((trainer.global_step, torch.stack(self.recent).mean().item()))
+            self.recent = []
 
 
 def build(run: dict[str, Any]) -> tuple[SequenceModule, pl.LightningDataModule]:
@@ -39,8 +61,8 @@ def build(run: dict[str, Any]) -> tuple[SequenceModule, pl.LightningDataModule]:
         data = data_class(seed=run["seed"], **DATA_DEFAULTS.get(name, {}) | run["data_options"])
         sizes = {key: getattr(data, key) for key in ("vocab_size", "num_classes") if hasattr(data, key)}
         options = MODEL_DEFAULTS.get(name, {}) | run["model_options"]
-        if "budget" in (mixer_options := dict(run["options"])):
-            options["budget"] = mixer_options.pop("budget")
+        mixer_options = dict(run["options"])
+        options |= {key: mixer_options.pop(key) for key in ("budget", "learning_rate") if key in mixer_options}
         model = model_class(mixer=with_options(run["mixer"], **mixer_options), **sizes, **options)
     except TypeError as error:
         raise SpecError(str(error)) from error
@@ -64,12 +86,13 @@ def train(run: dict[str, Any]) -> dict[str, Any]:
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,
-        callbacks=[CalibrateThresholds()],
+        callbacks=[losses := Losses(run["steps"]), CalibrateThresholds()],
         gradient_clip_val=1.0,
     )
     start = time.perf_counter()
     trainer.fit(model, data)
     seconds = time.perf_counter() - start
+    validated = _validate(trainer, model, data) if "learning_rate" in run["options"] else {}
     tested = _test(trainer, model, data)
     split = {name: value for name, value in model.last_usage.items() if "head" in name}
     batch = next(iter(data.test_dataloader()))
@@ -77,6 +100,8 @@ def train(run: dict[str, Any]) -> dict[str, Any]:
         "metric": METRIC[run["data"]],
         **tested,
         **split,
+        **validated,
+        "losses": losses.points,
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": round(seconds, 1),
         **remembered(model, batch),
@@ -84,6 +109,12 @@ def train(run: dict[str, Any]) -> dict[str, Any]:
         "commit": commit(),
         **_curve(trainer, model, data, run.get("test_usages", [])),
     }
+
+
+def _validate(trainer: pl.Trainer, model: SequenceModule, data: pl.LightningDataModule) -> dict[str, dict[str, float]]:
+    trainer.limit_val_batches = 1.0
+    values = trainer.validate(model, data, verbose=False)[0]
+    return {"validation": {name.removeprefix("val/"): value for name, value in values.items() if "layer" not in name}}
 
 
 def _test(trainer: pl.Trainer, model: SequenceModule, data: pl.LightningDataModule) -> dict[str, float]:
@@ -103,7 +134,8 @@ def _curve(trainer: pl.Trainer, model: SequenceModule, data, usages: list[float]
 
 @torch.no_grad()
 def remembered(model: SequenceModule, batch: dict[str, torch.Tensor]) -> dict[str, int]:
-    """Bytes held after reading the batch's first sequence: recurrent state, and keys and values."""
+    """Bytes after reading the batch's first sequence: of the recurrent state, of the kept keys and values, and of the
+    pages that hold them."""
     tokens = batch["tokens"][:1]
     if "cu_seqlens" in batch:
         tokens = tokens[:, : int(batch["cu_seqlens"][1])]
@@ -112,7 +144,8 @@ def remembered(model: SequenceModule, batch: dict[str, torch.Tensor]) -> dict[st
     decoder = model.decoder.eval()
     tokens = tokens.to(decoder.embedding.weight.device)
     state = decoder(tokens, state=decoder.init_state(1)).state
-    return {"tokens": tokens.shape[1], "state_bytes": state_bytes(state), "kv_bytes": kv_cache_bytes(state)}
+    kv = {"kv_stored_bytes": kv_stored_bytes(state), "kv_bytes": kv_cache_bytes(state)}
+    return {"tokens": tokens.shape[1], "state_bytes": state_bytes(state)} | kv
 
 
 def _load(path: str) -> Any:

@@ -1,13 +1,14 @@
 """The comparison: what is run, what is not run twice, and what the report makes of it."""
 
 import json
+import math
 
 import pytest
 
 from mixers.registry import SpecError
 from recipes import compare as module
 from recipes.compare import compare, describe, expand
-from recipes.compare_report import paired, table
+from recipes.compare_report import at_best_rate, paired, table
 from recipes.compare_run import train
 
 TINY = {"num_pairs": 4, "num_keys": 8, "num_values": 8, "num_test": 32, "curriculum": None}
@@ -50,8 +51,18 @@ def test_a_run_weighs_what_the_model_remembers():
     result = train(tiny_run({"name": "ham", "num_heads": 2, "head_dim": 4}, router="all", kv_usage=1.0))
     assert result["tokens"] == 16
     assert result["kv_bytes"] == 2 * 64 * 2 * (4 + 4) * 4  # layers, tokens of a page, heads, key and value, float32
+    assert result["kv_stored_bytes"] == 2 * 16 * 2 * (4 + 4) * 4
+    assert [step for step, _ in result["losses"]] == [1, 2, 3]
     assert result["kv_usage"] == 1.0
     assert 0 <= result["accuracy"] <= 1
+
+
+def test_bytes_of_full_attention_and_of_a_small_budget_are_exact():
+    small = {"num_heads": 2, "head_dim": 4}
+    attention = train(tiny_run({"name": "attention"} | small))
+    half = train(tiny_run({"name": "ham"} | small, router={"name": "static"}, kv_usage=0.5))
+    assert attention["kv_stored_bytes"] == 2 * 16 * 2 * (4 + 4) * 4 < attention["kv_bytes"]
+    assert half["kv_stored_bytes"] == half["kv_usage"] * attention["kv_stored_bytes"]
 
 
 def test_a_run_repeats_exactly_and_the_seed_changes_it():
@@ -67,15 +78,60 @@ def test_finished_runs_are_not_trained_again(tmp_path, monkeypatch, capsys):
             trained.append((run["label"], run["seed"]))
             yield train(run)
 
-    monkeypatch.setattr(module, "_train_all", train_all)
+    monkeypatch.setattr(module, "train_all", train_all)
     options = dict(data_options=TINY, model_options=MODEL, steps=2, out=str(tmp_path))
     compare(mixers=["gdn"], seeds=1, **options)
     compare(mixers=["gdn", "attention"], seeds=2, **options)
     assert trained == [("gdn", 0), ("attention", 0), ("gdn", 1), ("attention", 1)]
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["runs"]) == 4 and results["schema_version"] == 1 and "torch" in results["packages"]
-    assert (tmp_path / "plot.png").stat().st_size > 1000
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    assert not (tmp_path / "plot.png").exists()  # nothing was set to a usage, so there is no curve to see
     assert "attention" in (tmp_path / "table.md").read_text() and "attention" in capsys.readouterr().out
+
+    log = tmp_path / "runs.jsonl"
+    whole = log.read_bytes()
+    for missing in (1, 40):  # the comparison was ended in the middle of a line
+        log.write_bytes(whole[:-missing])
+        trained.clear()
+        compare(mixers=["gdn", "attention"], seeds=2, **options)
+        assert trained == [("attention", 1)]
+        assert capsys.readouterr().err.splitlines() == [f"{log}: the last line was cut; that run is trained again"]
+        assert [json.loads(line)["seed"] for line in log.read_text().splitlines()] == [0, 0, 1, 1]
+    for damage in (b"5", b'{"label": "gdn"}', whole[:50]):
+        log.write_bytes(damage + b"\n" + whole)
+        with pytest.raises(SpecError, match="runs.jsonl: line 1 is no run of a comparison"):
+            compare(mixers=["gdn"], seeds=1, **options)
+        assert log.read_bytes() == damage + b"\n" + whole
+
+
+def test_all_are_trained_at_every_learning_rate_and_the_best_on_validation_is_shown(tmp_path, monkeypatch, run):
+    monkeypatch.setattr(module, "train_all", lambda runs, jobs: map(train, runs))
+    data = "--data_options.num_pairs 4 --data_options.num_test 16 --model_options.dim 16"
+    line = f"compare --mixers [gdn,attention] --seeds 1 --steps 2 --out {tmp_path} {data}"
+    result = run(f"{line} --learning_rates [0.01,1e-9,0.01]")
+    assert result.code == 0 and "learning rate" in result.out
+    results = json.loads((tmp_path / "results.json").read_text())
+    tried = [(row["label"], row["options"]["learning_rate"]) for row in results["runs"]]
+    assert tried == [("gdn", 0.01), ("gdn", 1e-9), ("attention", 0.01), ("attention", 1e-9)]
+    assert results["runs"][0]["losses"][0][1] == results["runs"][1]["losses"][0][1]  # the same start and data
+    assert results["runs"][0]["loss"] != results["runs"][1]["loss"]  # but another rate
+    for label, some in (("gdn", results["runs"][:2]), ("attention", results["runs"][2:])):
+        seen = {str(row["options"]["learning_rate"]): row["validation"]["accuracy"] for row in some}
+        assert results["learning_rates"][label]["validation"] == seen
+    assert "positive, got -1" in run(f"{line} --learning_rates [-1]").error
+    assert "not both" in run(f"{line} --learning_rates [1] --model_options.learning_rate 1").error
+
+
+def test_the_best_rate_has_the_best_validation_and_the_fewest_failures():
+    def runs(rate, *values, label="a"):
+        some = [row(label, seed, 0.5, learning_rate=rate) for seed in range(len(values))]
+        return [r | {"validation": {"accuracy": value}} for r, value in zip(some, values, strict=True)]
+
+    rows = runs(1.0, 0.9) + runs(0.1, 0.6, 0.4) + runs(0.01, 0.6, 0.6) + runs(0.001, 0.9, math.nan) + [row("b", 0, 0.5)]
+    best, rates = at_best_rate(rows)
+    assert [(r["label"], r["options"].get("learning_rate")) for r in best] == [("a", 0.01), ("a", 0.01), ("b", None)]
+    assert rates["a"]["best"] == 0.01 and rates["a"]["validation"]["0.1"] == 0.5 and "b" not in rates
 
 
 def test_gains_are_paired_by_seed_and_usage():
@@ -100,6 +156,8 @@ def test_the_table_shows_mean_and_range():
         for s, v in enumerate((0.25, 0.75))
     ]
     assert "0.500 [0.250, 0.750]" in table({"a": runs}) and "1,234" in table({"a": runs})
+    exact = [run | {"kv_stored_bytes": 5678} for run in runs]
+    assert "5,678" in table({"a": exact}) and "learning rate" not in table({"a": exact})
 
 
 @pytest.mark.parametrize(
