@@ -203,8 +203,13 @@ class SequenceModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         hparams = self.hparams
+        if self.trainer.precision == "16-true":
+            raise SpecError(
+                "precision 16-true cannot train: AdamW's second moments are below what float16 holds; use bf16-true,"
+                " bf16-mixed or 16-mixed"
+            )
         groups = parameter_groups(self, hparams.weight_decay)
-        fused = self.trainer.precision != "16-mixed"  # Lightning cannot clip gradients that a fused step unscales
+        fused = not self.trainer.precision.endswith("-mixed")  # there Lightning refuses to clip for a fused optimizer
         optimizer = torch.optim.AdamW(groups, lr=hparams.learning_rate, betas=tuple(hparams.betas), fused=fused)
         total_steps = self.trainer.estimated_stepping_batches
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixers.base import Mixer, MixerOutput, MixerState
+from mixers.layers import RMSNorm
 from mixers.memory import Memory
 from mixers.registry import check_positive
 
@@ -56,7 +57,7 @@ class GatedDeltaNet(Mixer):
             backend=backend,
         )
         inner = self.memory.num_states * self.memory.value_dim
-        self.norm = nn.RMSNorm(self.memory.value_dim, eps=norm_eps)
+        self.norm = RMSNorm(self.memory.value_dim, eps=norm_eps)
         self.gate = nn.Linear(dim, inner)
         nn.init.ones_(self.gate.bias)  # starts open: a gate of random sign hides what the memory answers
         self.out = nn.Linear(inner, dim, bias=False)

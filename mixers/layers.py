@@ -1,4 +1,4 @@
-"""Small parts that several mixers share: the short causal convolution, rotary positions, split heads."""
+"""Small parts that several mixers share: the short causal convolution, a norm, rotary positions."""
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +45,18 @@ class ShortConvolution(nn.Module):
     def _slide(self, x: Tensor) -> Tensor:
         """(B, taps - 1 + T, channels) -> (B, T, channels). Sums of shifted views: depthwise conv1d is slow on CPU."""
         T = x.shape[1] - self.taps + 1
-        y = x[:, :T] * self.weight[0]
+        weight = self.weight.to(x.dtype)  # under autocast x is narrower: a product with float32 would widen q, k and v
+        y = x[:, :T] * weight[0]
         for i in range(1, self.taps):
-            y = torch.addcmul(y, x[:, i : i + T], self.weight[i])
+            y = torch.addcmul(y, x[:, i : i + T], weight[i])
         return y
+
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm in the dtype of its input, also where autocast leaves the weight in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
 
 
 def rotary(x: Tensor, position: Tensor, base: float = 10_000.0) -> Tensor:

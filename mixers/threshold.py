@@ -146,7 +146,7 @@ class Threshold(nn.Module):
         scores = list(self._pending.values())
         self._pending = {}
         grouped = torch.cat(scores).T if self.scope == "head" else torch.cat([s.flatten() for s in scores])[None]
-        levels = torch.linspace(0, 1, LEVELS, device=grouped.device)
+        levels = torch.linspace(0, 1, LEVELS, device=grouped.device, dtype=grouped.dtype)
         table = mean_over_ranks(torch.quantile(grouped, levels, dim=1).T.contiguous())
         first = 1 / (int(self.steps) + 1)
         self.table.lerp_(table.to(self.table), first if self.averaging else max(1 - self.momentum, first))
