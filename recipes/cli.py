@@ -23,6 +23,7 @@ from mixers import SpecError
 from mixers.registry import ROUTERS
 from recipes import checkpoints, flags, plugins
 from recipes.callbacks import AskedUsage, SaveConfig
+from recipes.composition import PARTS, class_path, setting
 from recipes.messages import one_line, program
 
 NOISE = (
@@ -35,6 +36,7 @@ NOISE = (
     ".*callbacks used to create the checkpoint need to be provided.*",
 )
 SIGTERM_EXIT = 128 + 15
+RUNS = "runs"  # of base.yaml
 say = rank_zero_only(print)
 
 
@@ -72,30 +74,36 @@ class RecipeCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
         command = args[0]
-        recipes = [f"--config={path}" for path in self.given.files()]
-        config = self._parse(command, recipes + self.given.args())
-        path = config.get("ckpt_path")
+        path = setting(self.given.rest, "ckpt_path")
         if not path and command != "fit":
             raise SpecError(f"{command} evaluates a checkpoint: give --ckpt_path PATH, or --ckpt_path last")
         if path:
-            name = run_name(self.given.mixer or "*", self.given.data_class() or "*")
-            path = checkpoints.find(path, root=Path(config.trainer.default_root_dir), name=f"{name}-*")
-            self.saved = checkpoints.read(path)
-            self._check_mixer()
-            saved = json.dumps(self.saved.config(command, with_data=self.given.data_class() in (None, self.saved.data)))
-            args = [*recipes, f"--config={saved}", *self.given.args(with_mixer=False), f"--ckpt_path={path}"]
-            config = self._parse(command, args)
-            self.saved.check(config.model.as_dict())
-            if command == "fit" and 0 < config.trainer.max_steps <= self.saved.step:
-                raise SpecError(f"{path} is at step {self.saved.step} of {config.trainer.max_steps}; give more --steps")
+            config = self._parse_over_checkpoint(command, path)
+        else:
+            config = self._parse(command, [_config(self.given.recipe()), *self.given.args()])
         self._write_out_names(config)
         plugins.note(config.as_dict())
+
+    def _parse_over_checkpoint(self, command: str, path: str) -> Any:
+        data = self.given.data and self.given.data_class()
+        root = setting(self.given.rest, "trainer.default_root_dir") or RUNS
+        path = checkpoints.find(path, root=Path(root), name=f"{run_name(self.given.mixer or '*', data or '*')}-*")
+        self.saved = checkpoints.read(path)
+        self._check_mixer()
+        saved = self.saved.config(command, with_data=self.given.data_class() in (None, self.saved.data))
+        recipe = self.given.recipe({part: of for part in PARTS if (of := class_path(saved.get(part)))})
+        args = [_config(recipe), _config(saved), *self.given.args(with_mixer=False), f"--ckpt_path={path}"]
+        config = self._parse(command, args)
+        self.saved.check(config.model.as_dict())
+        if command == "fit" and 0 < config.trainer.max_steps <= self.saved.step:
+            raise SpecError(f"{path} is at step {self.saved.step} of {config.trainer.max_steps}; give more --steps")
+        return config
 
     def _parse(self, command: str, args: list[str]) -> Any:
         try:
             self.config = self.parser.parse_args([command, *args])
         except argparse.ArgumentError as error:
-            raise SpecError(one_line(str(error), known=self._known_flags(command))) from error
+            raise SpecError(one_line(str(error), known=self._known_flags(command, args[0]))) from error
         return self.config[command]
 
     @staticmethod
@@ -107,9 +115,9 @@ class RecipeCLI(LightningCLI):
         if options.get("router"):
             options["router"] = plugins.written_out_spec(ROUTERS, options["router"])
 
-    def _known_flags(self, command: str) -> list[str]:
+    def _known_flags(self, command: str, recipe: str) -> list[str]:
         parser = self._subcommand_parsers[command]
-        config = parser.parse_args([f"--config={path}" for path in self.given.files()])
+        config = parser.parse_args([recipe])
         parts = [part for part in ("model", "data") if config.get(part)]
         init_args = [f"{part}.{key}" for part in parts for key in vars(config[part].init_args)]
         return [*init_args, *(option.removeprefix("--") for option in parser._option_string_actions)]
@@ -196,6 +204,10 @@ class RecipeCLI(LightningCLI):
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
         where = f"; writes to {self.run_dir}" if self.run_dir else ""
         say(f"{type(self.model).__name__} with {size:.2f} M parameters{where}")
+
+
+def _config(content: dict[str, Any]) -> str:
+    return f"--config={json.dumps(content)}"
 
 
 def mistake_in(error: BaseException | None) -> SpecError | None:

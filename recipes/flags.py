@@ -14,6 +14,7 @@ from typing import Any
 
 from lit_modules.data import DATA, MODELS
 from mixers.registry import MIXERS, Registry, SpecError, parse_pattern, unknown
+from recipes.composition import compose, named_classes, without_replaced
 
 RECIPES = Path(__file__).parent
 BASE = RECIPES / "base.yaml"
@@ -60,17 +61,32 @@ class Flags:
     Attributes:
         mixer, data: the short flags, None where they were not given.
         rest: all other flags, as long ones, in the user's order.
+        classes: the model's and the data's class path, where these flags or their --config files name one.
     """
 
     mixer: str | None = None
     data: str | None = None
     rest: list[str] = field(default_factory=list)
+    classes: dict[str, str] = field(default_factory=dict)
 
     def files(self) -> list[Path]:
         """The recipes to read first, in order."""
-        mixer, data = self.mixer or DEFAULTS["mixer"], self.data or DEFAULTS["data"]
-        found = [BASE, data_recipes().get(data), recipes().get(mixer)]
+        found = [BASE, data_recipes().get(self.task()), recipes().get(self.mixer or DEFAULTS["mixer"])]
         return [path for path in found if path]
+
+    def recipe(self, saved: dict[str, str] | None = None) -> dict[str, Any]:
+        """The recipes as one, without what they say of a model or data whose class the user, or a checkpoint (`saved`),
+        replaced; a mixer that was asked for stays."""
+        mixer = recipes().get(self.mixer or DEFAULTS["mixer"])
+        whole = compose([_read(path) for path in self.files() if path != mixer], (saved or {}) | self.classes)
+        stays = mixer and (self.mixer or "init_args" in whole["model"])
+        return compose([whole, _read(mixer)]) if stays else whole
+
+    def task(self) -> str:
+        """What to train on: the name of a recipe if there is one for it, else a name or class path."""
+        named = self.classes.get("data")
+        recipes = {path.replace(":", "."): name for name, path in DATA.items()}
+        return self.data or recipes.get(named, named if named and "." in named else DEFAULTS["data"])
 
     def names(self) -> list[str]:
         """Of --mixer, what its recipe, pattern or spec is made of: registered names, in order."""
@@ -80,23 +96,22 @@ class Flags:
 
     def _depth_args(self) -> list[str]:
         """A deeper model than the recipes', if the pattern would not fit."""
-        parts = [_read(path).get("model", {}).get("init_args", {}) for path in self.files()]
-        depth = [part["depth"] for part in parts if "depth" in part][-1]
+        depth = self.recipe()["model"].get("init_args", {}).get("depth")
         length = len(self.names())
-        return ["--model.depth", str(length)] if length > depth else []
+        return ["--model.depth", str(length)] if depth and length > depth else []
 
     def data_class(self) -> str | None:
-        """Of --data, the class path."""
-        return DATA_MODULES.origin(self.data).replace(":", ".") if self.data else None
+        """The class path of the data that the user asks for, by --data or in a --config."""
+        return DATA_MODULES.origin(self.data).replace(":", ".") if self.data else self.classes.get("data")
 
     def args(self, *, with_mixer: bool = True) -> list[str]:
         """The flags that follow the recipes; `with_mixer=False` leaves out --mixer and its recipe's part."""
         args: list[str] = []
-        if self.data and self.data not in data_recipes():
-            args += _data_args(self.data, self.rest)
+        if self.task() not in data_recipes():
+            args += _data_args(self.task(), self.classes)
         if with_mixer and self.mixer and self.mixer not in recipes():
             args += ["--model.mixer", _spec(self.mixer), *self._depth_args()]
-        return args + self.rest
+        return args + without_replaced(self.rest, self.classes)
 
 
 def _yaml(text: str) -> Any:
@@ -121,7 +136,7 @@ def parse(args: list[str]) -> Flags:
     """Takes a command line apart.
 
     Raises:
-        SpecError: a short flag without a value, or an unknown mixer.
+        SpecError: a short flag without a value, an unknown mixer, or --data and a --config that contradict each other.
     """
     flags = Flags()
     for flag, value in _short(args, flags.rest):
@@ -134,6 +149,10 @@ def parse(args: list[str]) -> Flags:
     if flags.mixer:
         for name in flags.names():
             _check_mixer(name)
+    flags.classes = named_classes(flags.rest)
+    named = flags.classes.get("data")
+    if flags.data and named and named != flags.data_class():
+        raise SpecError(f"--data {flags.data} contradicts {named}, which --config names: leave one of them out")
     return flags
 
 
@@ -165,12 +184,12 @@ def _check_mixer(name: str) -> None:
         raise unknown("mixer", name, MIXERS.names(), hints=[*recipes(), *MIXERS.aliases()]) from None
 
 
-def _data_args(data: str, rest: list[str]) -> list[str]:
+def _data_args(data: str, classes: dict[str, str]) -> list[str]:
     """Flags for a data module that has no recipe, and for the model that it says it fits."""
     module = DATA_MODULES.get(data)
     model = MODELS.get(getattr(module, "model", None))
     args = ["--data", f"{module.__module__}.{module.__qualname__}"]
-    return ["--model", model.replace(":", "."), *args] if model and "--model" not in rest else args
+    return ["--model", model.replace(":", "."), *args] if model and "model" not in classes else args
 
 
 def help_text(command: str) -> str:

@@ -114,6 +114,15 @@ def test_flags_that_agree_with_the_checkpoint(run, run_folder, flags):
     assert metrics_in(run(f"test --ckpt_path last {flags}"))
 
 
+def test_options_of_the_data_of_the_checkpoint(run, here):
+    """Also where the data are not those that a recipe would take by default."""
+    sizes = "--data.num_pairs 2 --data.num_keys 4 --data.num_values 4 --data.num_validation 4 --data.num_test 100"
+    quiet = "--trainer.enable_progress_bar false --model.dim 16"
+    assert run(f"fit --data mqar --mixer gdn {sizes} --steps 2 {quiet}").code == 0
+    assert metrics_in(run("test --ckpt_path last --data.num_test 4"))
+    assert "Did you mean --data.num_test?" in run("test --ckpt_path last --data.num_tests 4").error
+
+
 def test_last_is_the_newest_of_the_mixer_and_data(run, run_folder):
     assert "gdn-*" in run("test --mixer gdn --ckpt_path last").error
     assert "-mqar-" in run("test --data mqar --ckpt_path last").error
