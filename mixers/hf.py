@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -23,8 +24,10 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mixers.backbone import Decoder
+from mixers.base import Mixer
 from mixers.hosts.cache import layer_of
-from mixers.hosts.wrappers import real_tokens_of
+from mixers.hosts.masks import beginnings, packed, read_mask
+from mixers.hosts.wrappers import PACKING, refuse, warn_of_bare_adapter
 from mixers.swap import swap_mixers
 
 REMOTE = '''"""Loads this model where the package lightning-mixers is installed."""
@@ -84,32 +87,46 @@ class MixerForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **_: Any,
+        num_items_in_batch: Tensor | int | None = None,
+        **told: Any,
     ) -> CausalLMOutputWithPast:
-        """As other causal models: labels are input_ids with -100 where nothing is asked, shifted in here."""
+        """As other causal models: labels are input_ids with -100 where nothing is asked, shifted in here. Documents
+        packed in a row (`mixers.hosts.masks.beginnings`) are read alone; what else is asked for is a ValueError."""
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
+        x = input_ids[..., None]
+        real, begins = read_mask(attention_mask, x, causal=True)
+        bounds = {name: told.pop(name, None) for name in PACKING if name != "position_ids"}
+        begins = beginnings(x, real, begins, position_ids=position_ids, **bounds)
+        refuse(type(self).__name__, {k: v for k, v in told.items() if v is not None and v is not False})
+        rows, how = packed(input_ids, real, begins)
         state, layers = None, []
         if past_key_values is not None:
             layers = [layer_of(past_key_values, i, self) for i in range(self.config.depth)]
             first = self.decoder.embedding(input_ids[:, :1])
             blocks = zip(layers, self.decoder.blocks, strict=True)
-            state = [layer.state_for(block.mixer, first) for layer, block in blocks]
-        mask = real_tokens_of(attention_mask, input_ids[..., None])
-        out = self.decoder(input_ids, state=state, padding_mask=mask)
+            state = [layer.state_for(block.mixer, first, how.get("cu_seqlens")) for layer, block in blocks]
+        out = self.decoder(rows, state=state, **how)
         for layer, new in zip(layers, out.state or (), strict=True):
             layer.keep(new, input_ids.shape[1])
+        hidden = out.hidden.view(*input_ids.shape, -1)
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.decoder.logits(out.hidden[:, rows])
+        logits = self.decoder.logits(hidden[:, rows])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
+            count = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **count)
             loss = loss + out.aux_loss if self.training else loss
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        warn_of_bare_adapter(self, state_dict)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Also writes what lets the folder be loaded with `trust_remote_code=True` without importing this module."""
@@ -153,7 +170,33 @@ def swapped(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
             swaps, config.mixer_swaps = getattr(config, "mixer_swaps", []), []
             super().__init__(config, *args, **options)
             for swap in swaps:
-                swap_mixers(self, swap["mixer"], where=swap["where"], layers=swap["layers"], carry_weights=False)
+                how = {key: swap.get(key) for key in ("where", "layers", "causal")}
+                swap_mixers(self, swap["mixer"], **how, carry_weights=False)
 
     Swapped.__name__, Swapped.__qualname__ = cls.__name__, cls.__qualname__
     return Swapped
+
+
+def save_adapter(model: Any, save_directory: str | Path) -> None:
+    """PEFT's `save_pretrained`, and what the mixers of a `PeftModel` have learned beside their weights.
+
+    PEFT keeps its own weights alone. KV thresholds and biases of heads, which training, `calibrate` and `allocate`
+    move, are buffers; with these in the same file, `PeftModel.from_pretrained(base, save_directory)` is the same model.
+    `base` is the swapped model that was adapted: keep it by its own `save_pretrained`, load it by `swapped`.
+
+    Args:
+        model: a `PeftModel`; with several adapters, each folder gets the present thresholds.
+        save_directory: folder.
+    """
+    folder = Path(save_directory)
+    model.save_pretrained(folder)
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Mixer))
+    buffers = {name for name, _ in model.named_buffers()}
+    kept = {
+        name: value.contiguous()
+        for name, value in model.state_dict().items()
+        if name.startswith(inside) and (name in buffers or ".threshold." in name)
+    }
+    for adapter in model.peft_config:
+        file = (folder if adapter == "default" else folder / adapter) / "adapter_model.safetensors"
+        save_file(kept | load_file(file), file, metadata={"format": "pt"})

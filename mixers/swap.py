@@ -10,20 +10,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixers.hosts import carry, describe
-from mixers.hosts.wrappers import Wrapper
+from mixers.base import state_bytes
+from mixers.hosts import Host, carry, describe, reads, wrapper_of
+from mixers.hosts.wrappers import InDecoder, Wrapper
 from mixers.registry import MIXERS, SpecError, parse_spec
 from mixers.threshold import share_threshold
 
 
 @dataclass
 class Swap:
-    """One module that was replaced: its name and class, and what became of its q, k, v and o weights."""
+    """One module that was replaced.
+
+    Attributes:
+        name: of the module.
+        was: its class.
+        weights: what became of its q, k, v and o.
+        biases: whether it had biases, which are left out.
+        reads: which tokens a token sees now.
+        cache: what the mixer keeps of a sequence, against what the host kept; empty where there is no cache.
+        fused: how one weight of q, k and v was read, where that was not certain.
+    """
 
     name: str
     was: str
     weights: dict[str, str]
     biases: bool
+    reads: str = ""
+    cache: str = ""
+    fused: str = ""
+
+    @property
+    def details(self) -> list[str]:
+        """What was done, a line for each thing; modules of one kind have the same."""
+        lines = [f"reads {self.reads}"] + [f"{part}: {what}" for part, what in self.weights.items()]
+        lines += [f"taken for {self.fused} in one weight: pass carry_weights=False if not so"] if self.fused else []
+        lines += ["biases of the host were left out"] if self.biases else []
+        return lines + ([self.cache] if self.cache else [])
 
 
 class SwapReport(list[Swap]):
@@ -31,13 +53,11 @@ class SwapReport(list[Swap]):
 
     def __str__(self) -> str:
         lines = [f"{len(self)} modules replaced"]
-        alike: dict[tuple, list[str]] = {}
+        alike: dict[tuple[str, ...], list[str]] = {}
         for swap in self:
-            alike.setdefault((swap.was, tuple(swap.weights.items()), swap.biases), []).append(swap.name)
-        for (was, weights, biases), names in alike.items():
-            lines.append(f"  {was}: {', '.join(names)}")
-            lines += [f"    {part}: {what}" for part, what in weights]
-            lines += ["    biases of the host were left out"] if biases else []
+            alike.setdefault((swap.was, *swap.details), []).append(swap.name)
+        for (was, *details), names in alike.items():
+            lines += [f"  {was}: {', '.join(names)}", *(f"    {detail}" for detail in details)]
         return "\n".join(lines)
 
 
@@ -47,6 +67,7 @@ def swap_mixers(
     *,
     where: str = "*",
     layers: Iterable[int] | None = None,
+    causal: bool | None = None,
     carry_weights: bool = True,
     **options: Any,
 ) -> SwapReport:
@@ -54,7 +75,10 @@ def swap_mixers(
 
     Heads and widths are read from each module; q, k, v and o are copied where shapes allow. That is a start, not the
     same function: a mixer has more than these, so train what comes out. In decoders the mixer reads forwards, in
-    encoders both ways. HAM layers share one KV budget. Add `aux_loss(model)` to the loss if the router has one.
+    encoders both ways; the direction is never guessed (see `causal`). Decoders read documents that are packed in a row
+    alone: told by positions that start again, cu_seq_lens, seq_idx or a block-diagonal mask. What else a call asks for
+    and a mixer cannot do is a ValueError. HAM layers share one KV budget; usage is relative to the query heads, and the
+    report says what it is of the host's own cache. Add `aux_loss(model)` to the loss if the router has one.
 
     Args:
         model: any module; Hugging Face decoders and Vision Transformers, nn.TransformerEncoder, timm's blocks, or
@@ -63,6 +87,10 @@ def swap_mixers(
         where: pattern of module names, such as "model.layers.*.self_attn"; what no adapter knows is an error.
         layers: which of the modules that match, counted from 0, negative ones from the end; default all. Every other
             one makes a hybrid.
+        causal: True if a token sees none that come later. To be given for a class of one's own, and for it alone: it is
+            known of transformers' and timm's classes, and nn.MultiheadAttention is told by the mask of each call. Calls
+            of a class of one's own have x (B, T, D), perhaps positions and a mask, and give a tensor (B, T, D), or
+            (hidden, None) if they take a cache as in transformers.
         carry_weights: False leaves the mixers' weights as they are drawn.
         options: of the mixer; default: those the module has.
 
@@ -71,7 +99,8 @@ def swap_mixers(
 
     Raises:
         SpecError: nothing matches (the candidates are listed), a module that no adapter knows, a layer that is not
-            there, a mixer or an option that is unknown. The model is then as it was.
+            there, a mixer or an option that is unknown, a direction that is missing or wrong. The model is then as it
+            was.
     """
     layers = None if layers is None else list(layers)
     if "dim" in options or isinstance(mixer, Mapping) and "dim" in mixer:
@@ -81,19 +110,49 @@ def swap_mixers(
     made = []
     for name, module in chosen:
         host = describe(module)
+        wrapper = wrapper_of(name, module, host, causal)
         known = MIXERS.options(spec["name"])
         sizes = {"num_heads": host.num_heads, "head_dim": host.head_dim, "num_kv_heads": host.num_kv_heads}
         built = MIXERS.build({k: v for k, v in sizes.items() if k in known} | spec | options, dim=host.dim)
         weights = carry(host, built) if carry_weights else dict.fromkeys("qkvo", "new: as asked")
         like = next(module.parameters())
         built.to(device=like.device, dtype=like.dtype).train(module.training)
-        made.append((name, host.wrapper(built, module), Swap(name, type(module).__name__, weights, host.biases)))
-    for name, wrapper, _ in made:
+        new = wrapper(built, module)
+        cache = _cache(host, built) if reads(new) == InDecoder.reads else ""
+        swap = Swap(name, type(module).__name__, weights, host.biases, reads(new), cache, host.fused)
+        made.append((name, new, swap))
+    for name, new, _ in made:
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, wrapper)
+        setattr(model.get_submodule(parent), child, new)
     share_threshold(model)
-    _remember(model, spec | options, where, layers)
+    _remember(model, {"mixer": spec | options, "where": where, "layers": layers, "causal": causal})
     return SwapReport(swap for *_, swap in made)
+
+
+def _cache(host: Host, mixer: nn.Module) -> str:
+    """What a mixer keeps of a sequence, against what the host keeps in as many bytes for a number."""
+    try:
+        state = mixer.init_state(1)
+    except NotImplementedError:
+        return ""
+    size = next(mixer.parameters()).element_size()
+    theirs = 2 * host.num_kv_heads * host.head_dim * size
+    memory = f"{state_bytes(state):,} bytes of memory a sequence"
+    if state.kv is None:
+        return f"KV cache: none (the host's: {theirs:,} bytes a token); {memory}"
+    _, heads, key_dim, value_dim, limit = state.layout[-1]
+    router, threshold = getattr(mixer, "router", None), getattr(mixer, "threshold", None)
+    usage, bound = 1.0, ""
+    if window := getattr(mixer, "window", 0) or (router is not None and router.window(mixer.kv_usage)):
+        bound = f", of the last {window} tokens alone"
+    elif threshold is not None and not threshold.follows_usage:
+        bound = ", of as many tokens as pass the fixed threshold"
+    elif threshold is not None:
+        usage = threshold.kv_usage
+    bound += f", of at most {limit} tokens a head" if limit else ""
+    ours = usage * heads * (key_dim + value_dim) * size
+    what = f"KV cache at usage {usage:g}" if threshold is not None and not bound else "KV cache"
+    return f"{what}: {ours:,.0f} bytes a token, {ours / theirs:.2f}x the host's {theirs:,}{bound}; {memory}"
 
 
 def _choose(model: nn.Module, where: str, layers: list[int] | None) -> list[tuple[str, nn.Module]]:
@@ -119,7 +178,7 @@ def _choose(model: nn.Module, where: str, layers: list[int] | None) -> list[tupl
     return [known[i] for i in sorted({layer % len(known) for layer in layers})]
 
 
-def _remember(model: nn.Module, spec: dict[str, Any], where: str, layers: list[int] | None) -> None:
+def _remember(model: nn.Module, swap: dict[str, Any]) -> None:
     """A Hugging Face config takes a note of the swap, by which `mixers.hf.swapped` builds the model again.
 
     The note goes into a copy, as other models may have been built from the same config.
@@ -128,7 +187,7 @@ def _remember(model: nn.Module, spec: dict[str, Any], where: str, layers: list[i
     if not hasattr(shared, "to_dict"):
         return
     config = copy.deepcopy(shared)
-    config.mixer_swaps = [*getattr(config, "mixer_swaps", []), {"mixer": spec, "where": where, "layers": layers}]
+    config.mixer_swaps = [*getattr(config, "mixer_swaps", []), swap]
     for module in model.modules():
         if getattr(module, "config", None) is shared:
             module.config = config

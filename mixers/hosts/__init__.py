@@ -6,11 +6,13 @@ does not know the module; `register_host` adds one of your own before ours.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from mixers.hosts.wrappers import InDecoder, InEncoder, InMultiheadAttention
+from mixers.hosts.wrappers import CACHES, InBlock, InDecoder, InEncoder, InMultiheadAttention, Wrapper, arguments_of
+from mixers.registry import SpecError
 
 
 @dataclass
@@ -20,20 +22,23 @@ class Host:
     Attributes:
         dim: width D.
         num_heads: query heads.
-        wrapper: class (mixer, module) of the nn.Module that takes its place and answers to its calls.
+        wrapper: class (mixer, module) of the nn.Module that takes its place and answers to its calls; it decides
+            whether the mixer reads forwards or both ways. Default: see `wrapper_of`.
         num_kv_heads: key and value heads; default `num_heads`.
         head_dim: default dim // num_heads.
         weights: of q, k, v and o by these letters, (out, in), as far as they can be read.
         biases: whether the projections have biases.
+        fused: how one weight of q, k and v was read, if another order of its rows could not be told from this one.
     """
 
     dim: int
     num_heads: int
-    wrapper: Callable[[nn.Module, nn.Module], nn.Module]
+    wrapper: Callable[[nn.Module, nn.Module], nn.Module] | None = None
     num_kv_heads: int | None = None
     head_dim: int | None = None
     weights: dict[str, Tensor] = field(default_factory=dict)
     biases: bool = False
+    fused: str = ""
 
     def __post_init__(self) -> None:
         self.num_kv_heads = self.num_kv_heads or self.num_heads
@@ -55,6 +60,59 @@ def describe(module: nn.Module) -> Host | None:
     return next((host for adapter in ADAPTERS if (host := adapter(module)) is not None), None)
 
 
+def wrapper_of(
+    name: str, module: nn.Module, host: Host, causal: bool | None
+) -> Callable[[nn.Module, nn.Module], Wrapper]:
+    """What takes the place of a module called `name`, by its direction and by what its callers expect of it.
+
+    The direction is known of classes of transformers (their `is_causal`) and of timm (encoders); of others, `causal`
+    must say it. Where calls have a cache, as in transformers, the answer is (hidden, None), elsewhere a tensor.
+
+    Raises:
+        SpecError: a direction that is not known, or known to be another one.
+    """
+    was = f"{type(module).__name__} ({name})"
+    if host.wrapper is not None:
+        if causal is not None:
+            raise SpecError(
+                f"the direction of {was} is decided by its adapter, leave causal out: {reads(host.wrapper)}"
+            )
+        return host.wrapper
+    known = _direction(module)
+    if known is None and causal is None:
+        raise SpecError(
+            f"cannot tell whether a token sees later ones in {was}: say causal=True (it does not, as in decoders) or "
+            "causal=False (it does, as in encoders)"
+        )
+    if None not in (known, causal) and known != causal:
+        raise SpecError(
+            f"{was} reads {'forwards' if known else 'both ways'} by its class, but causal={causal} was given"
+        )
+    causal = known if causal is None else causal
+    if _package(module) == "transformers" or set(CACHES) & set(arguments_of(module)):
+        return InDecoder if causal else InEncoder
+    return partial(InBlock, causal=causal)
+
+
+def reads(wrapper: object) -> str:
+    """Which tokens a token sees behind a wrapper, or a class of such, for people."""
+    return getattr(wrapper, "reads", Wrapper.reads)
+
+
+def _package(module: nn.Module) -> str:
+    """The library that a module's class, or what it inherits from, is of, if it is one whose conventions are known."""
+    packages = [cls.__module__.partition(".")[0] for cls in type(module).__mro__]
+    return next((package for package in packages if package in ("transformers", "timm")), "")
+
+
+def _direction(module: nn.Module) -> bool | None:
+    """True for forwards, False for both ways, None where it is not known for certain."""
+    if _package(module) == "timm":
+        return False
+    causal = getattr(module, "is_causal", None) if _package(module) == "transformers" else None
+    return causal if isinstance(causal, bool) else None
+
+
 def _attribute(module: nn.Module, *names: str) -> int | None:
     """The first of these that the module, or its config, has."""
     for place in (module, getattr(module, "config", None)):
@@ -68,62 +126,74 @@ def _heads(module: nn.Module) -> int | None:
     return _attribute(module, "num_heads", "num_attention_heads", "n_heads", "n_head")
 
 
-def _causal(module: nn.Module) -> bool:
-    return bool(getattr(module, "is_causal", getattr(module, "layer_idx", None) is not None))
-
-
-def _wrapper(module: nn.Module) -> type[nn.Module]:
-    return InDecoder if _causal(module) else InEncoder
+def _linear(module: nn.Module, *names: str) -> list[nn.Linear] | None:
+    """The children of these names, if all are linear."""
+    layers = [getattr(module, name, None) for name in names]
+    return layers if all(isinstance(layer, nn.Linear) for layer in layers) else None
 
 
 @register_host
 def four_projections(module: nn.Module) -> Host | None:
-    """q_proj, k_proj, v_proj, o_proj: Llama, Qwen, Mistral, Gemma, ViT of transformers, ..."""
-    names = {part: getattr(module, f"{part}_proj", None) for part in "qkvo"}
-    if not all(isinstance(layer, nn.Linear) for layer in names.values()):
-        return None
+    """q_proj, k_proj, v_proj and o_proj: Llama, Qwen, Mistral, Gemma, ViT of transformers; or out_proj: OPT, GPT-J."""
     heads = _heads(module)
-    if heads is None:
+    layers = _linear(module, "q_proj", "k_proj", "v_proj", "o_proj")
+    if layers is None:
+        layers = _linear(module, "q_proj", "k_proj", "v_proj", "out_proj")
+        if _package(module) == "transformers" and not _direction(module):
+            return None  # by these names, what is not causal may be attention to another sequence, as in BART
+    if layers is None or heads is None:
         return None
-    head_dim = names["q"].out_features // heads
+    q, k, _, _ = layers
+    head_dim = q.out_features // heads
     return Host(
-        names["q"].in_features,
+        q.in_features,
         heads,
-        _wrapper(module),
-        num_kv_heads=names["k"].out_features // head_dim,
+        num_kv_heads=k.out_features // head_dim,
         head_dim=head_dim,
-        weights={part: layer.weight for part, layer in names.items()},
-        biases=any(layer.bias is not None for layer in names.values()),
+        weights={part: layer.weight for part, layer in zip("qkvo", layers, strict=True)},
+        biases=any(layer.bias is not None for layer in layers),
     )
 
 
 @register_host
-def gpt2(module: nn.Module) -> Host | None:
-    """c_attn and c_proj, whose weights are (in, out): GPT-2."""
-    qkv, out, heads = getattr(module, "c_attn", None), getattr(module, "c_proj", None), _heads(module)
-    if getattr(qkv, "weight", None) is None or getattr(out, "weight", None) is None or heads is None:
-        return None
-    if getattr(module, "is_cross_attention", False):
-        return None
-    weights = dict(zip("qkv", qkv.weight.T.chunk(3), strict=True)) | {"o": out.weight.T}
-    return Host(out.weight.shape[1], heads, InDecoder, weights=weights, biases=True)
-
-
-@register_host
 def one_projection(module: nn.Module) -> Host | None:
-    """query_key_value and dense, head by head: GPT-NeoX. qkv and proj, one after the other: timm's ViT."""
-    for names, by_head in ((("query_key_value", "dense"), True), (("qkv", "proj"), False)):
-        qkv, out = (getattr(module, name, None) for name in names)
-        heads = _heads(module)
-        if not isinstance(qkv, nn.Linear) or not isinstance(out, nn.Linear) or heads is None:
-            continue
-        if qkv.out_features != 3 * out.in_features:
-            continue
-        w = qkv.weight
-        parts = w.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(1, 2) if by_head else w.unflatten(0, (3, -1))
-        weights = dict(zip("qkv", parts, strict=True)) | {"o": out.weight}
-        return Host(qkv.in_features, heads, _wrapper(module), weights=weights, biases=qkv.bias is not None)
-    return None
+    """One weight of queries, keys and values, one after the other, keys and values possibly grouped: Phi-3, timm's ViT,
+    litgpt, nanoGPT; as (in, out): GPT-2; head by head: GPT-NeoX."""
+    heads = _heads(module)
+    if heads is None or getattr(module, "is_cross_attention", False):
+        return None
+    by_head = False
+    if found := _linear(module, "qkv_proj", "o_proj") or _linear(module, "qkv", "proj"):
+        qkv, out = (layer.weight for layer in found)
+    elif found := _linear(module, "query_key_value", "dense"):
+        qkv, out = (layer.weight for layer in found)
+        by_head = True
+    elif (found := _linear(module, "c_attn", "c_proj")) and _package(module) != "transformers":
+        qkv, out = (layer.weight for layer in found)
+    elif all(type(getattr(module, name, None)).__name__ == "Conv1D" for name in ("c_attn", "c_proj")):
+        found = [module.c_attn, module.c_proj]
+        qkv, out = (layer.weight.T for layer in found)
+    else:
+        return None
+    width = out.shape[1]  # of all query heads
+    head_dim, grouped = width // heads, (len(qkv) - width) // 2
+    if width % heads or len(qkv) != width + 2 * grouped or grouped % head_dim or by_head and grouped != width:
+        return None
+    if not grouped or heads % (grouped // head_dim):
+        return None
+    if by_head:
+        parts = qkv.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(1, 2)
+    else:
+        parts = qkv.split([width, grouped, grouped])
+    return Host(
+        qkv.shape[1],
+        heads,
+        num_kv_heads=grouped // head_dim,
+        head_dim=head_dim,
+        weights=dict(zip("qkv", parts, strict=True)) | {"o": out},
+        biases=any(layer.bias is not None for layer in found),
+        fused="" if _package(module) else "q, k and v " + ("head by head" if by_head else "one after the other"),
+    )
 
 
 @register_host

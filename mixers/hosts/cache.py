@@ -51,12 +51,16 @@ def _layer_class() -> type:
             self.owner: Any = None
             self.read = 0
 
-        def state_for(self, mixer: Mixer, x: Tensor) -> MixerState:
+        def state_for(self, mixer: Mixer, x: Tensor, cu_seqlens: Tensor | None = None) -> MixerState:
+            """The state to read x (B, T, D) with: of its rows or, where documents are packed in them, of these."""
+            if cu_seqlens is not None and self.read:
+                raise ValueError("documents begin after a sequence that is in the cache: pack without a cache")
+            sequences = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
             if self.state is None:
                 dtype = x.dtype if not torch.is_autocast_enabled(x.device.type) else None
-                self.state = mixer.init_state(len(x), device=x.device, dtype=dtype)
-            if len(self.state.length) != len(x):
-                raise ValueError(f"the cache is of {len(self.state.length)} sequences, the input of {len(x)}")
+                self.state = mixer.init_state(sequences, device=x.device, dtype=dtype)
+            if len(self.state.length) != sequences:
+                raise ValueError(f"the cache is of {len(self.state.length)} sequences, the input of {sequences}")
             return self.state
 
         def keep(self, state: MixerState, tokens: int) -> None:

@@ -1,5 +1,7 @@
 """What stands in the place of an attention module: a mixer that answers to that module's calls."""
 
+import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -7,6 +9,18 @@ from torch import Tensor, nn
 
 from mixers.base import Mixer, MixerOutput, Routing
 from mixers.hosts.cache import layer_of
+from mixers.hosts.masks import beginnings, packed, read_mask
+from mixers.threshold import thresholds_of
+
+# What calls of attention hold that changes nothing for a mixer: positions, of which it has its own or none, and notes.
+HARMLESS = {
+    "position_embeddings", "cos", "sin", "rope", "freqs_cis",
+    "cache_position", "use_cache", "max_length_q", "max_length_k", "num_items_in_batch", "output_hidden_states",
+    "output_router_logits", "return_dict",
+}  # fmt: skip
+PACKING = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
+MASKS = ("attn_mask", "attention_mask", "mask")
+CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
 class Wrapper(nn.Module):
@@ -18,9 +32,14 @@ class Wrapper(nn.Module):
         aux_loss: of the last call; `mixers.aux_loss(model)` adds those of all layers.
     """
 
+    reads = "as its adapter says"
+    """Which tokens a token sees, for people."""
+
     def __init__(self, mixer: Mixer, module: nn.Module) -> None:
         super().__init__()
         self.mixer = mixer
+        self.was = type(module).__name__
+        self.arguments = arguments_of(module)
         self.layer_idx = getattr(module, "layer_idx", None)
         self.routing: Routing | None = None
         self.aux_loss: Tensor | None = None
@@ -29,6 +48,14 @@ class Wrapper(nn.Module):
         """The hidden of an output, whose routing and loss are kept."""
         self.routing, self.aux_loss = out.routing, out.aux_loss
         return out.hidden
+
+    def named(self, args: tuple, options: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by the names that the host gave them, first the input; those that are None or False,
+        which ask for nothing, are left out."""
+        if len(args) > len(self.arguments):
+            raise TypeError(f"{self.was} takes {len(self.arguments)} arguments, got {len(args)}")
+        named = dict(zip(self.arguments, args, strict=False)) | options
+        return {name: x for name, x in named.items() if x is not None and x is not False}
 
     def both_ways(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         """x (B, T, D) read from both ends by one mixer, the mean of the two: for hosts in which tokens see later ones.
@@ -39,51 +66,91 @@ class Wrapper(nn.Module):
         there, back = self.note(self.mixer(two, padding_mask=padding_mask)).chunk(2)
         return (there + back.flip(1)) / 2
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        warn_of_bare_adapter(self, state_dict)
+
 
 class InDecoder(Wrapper):
     """In place of the causal attention of a Hugging Face decoder. Answers with (hidden, None), and keeps its state in
-    the model's `Cache`. Positions are ignored: a mixer has its own, or none."""
+    the model's `Cache`. Positions are ignored, a mixer has its own or none, but for the documents that they tell apart.
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        *_: Any,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        layer_past: Any = None,
-        encoder_hidden_states: Tensor | None = None,
-        **__: Any,
-    ) -> tuple[Tensor, None]:
-        if encoder_hidden_states is not None:
+    Documents packed in a row (`mixers.hosts.masks.beginnings`) are read alone. A cache that was filled by them holds a
+    state for each; it is refused as that of the rows."""
+
+    reads = "forwards"
+
+    def forward(self, *args: Any, **options: Any) -> tuple[Tensor, None]:
+        if options.get("is_causal") is False:
+            raise ValueError(f"a swapped mixer reads forwards in place of {self.was}: is_causal=False was asked for")
+        given = self.named(args, options)
+        x = given.pop(self.arguments[0])
+        if given.keys() & {"encoder_hidden_states", "key_value_states"}:
             raise ValueError("a swapped mixer cannot attend to another sequence: cross-attention was asked for")
-        mask = real_tokens_of(attention_mask, hidden_states)
-        cache = past_key_values if past_key_values is not None else layer_past
+        real, begins = read_mask(given.pop("attention_mask", None), x, causal=True)
+        begins = beginnings(x, real, begins, **{name: given.pop(name, None) for name in PACKING})
+        cache = next((found for name in CACHES if (found := given.pop(name, None)) is not None), None)
+        given.pop("is_causal", None)
+        refuse(self.was, given)
+        cache = getattr(cache, "self_attention_cache", cache)  # of an encoder and a decoder
+        rows, how = packed(x, real, begins)
         if cache is None or (self.training and torch.is_grad_enabled()):  # models make a cache even to be trained
-            return self.note(self.mixer(hidden_states, padding_mask=mask)), None
+            return self.note(self.mixer(rows, **how)).reshape(x.shape), None
         layer = layer_of(cache, self.layer_idx, self)
-        out = self.mixer(hidden_states, layer.state_for(self.mixer, hidden_states), padding_mask=mask)
-        layer.keep(out.state, hidden_states.shape[1])
-        return self.note(out), None
+        out = self.mixer(rows, layer.state_for(self.mixer, x, how.get("cu_seqlens")), **how)
+        layer.keep(out.state, x.shape[1])
+        return self.note(out).reshape(x.shape), None
 
 
 class InEncoder(Wrapper):
-    """In place of attention in which all tokens see each other: a Vision Transformer of transformers, which expects a
-    tuple, or of timm, which expects a tensor."""
+    """In place of attention in which all tokens see each other, in an encoder of Hugging Face: answers with
+    (hidden, None)."""
 
-    def __init__(self, mixer: Mixer, module: nn.Module) -> None:
+    reads = "both ways"
+
+    def forward(self, *args: Any, **options: Any) -> tuple[Tensor, None]:
+        given = self.named(args, options)
+        x = given.pop(self.arguments[0])
+        real, _ = read_mask(given.pop("attention_mask", None), x, causal=False)
+        if beginnings(x, real, **{name: given.pop(name, None) for name in PACKING}) is not None:
+            raise ValueError("a swapped mixer that reads both ways takes no packed documents: one to a row")
+        refuse(self.was, given)
+        return self.both_ways(x, real), None
+
+
+class InBlock(Wrapper):
+    """In place of attention that answers with a tensor, as in timm's blocks or a class of one's own. Its mask may be
+    (T, T), (B, T, T) or (B, 1, T, T), True or 0 where a query sees a key."""
+
+    def __init__(self, mixer: Mixer, module: nn.Module, causal: bool) -> None:
         super().__init__(mixer, module)
-        self.tuple = hasattr(module, "config")
+        self.causal = causal
+        self.reads = "forwards" if causal else "both ways"
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *_: Any, **options: Any):
-        if attention_mask is None:
-            attention_mask = options.get("attn_mask")
-        hidden = self.both_ways(hidden_states, real_tokens_of(attention_mask, hidden_states))
-        return (hidden, None) if self.tuple else hidden
+    def forward(self, *args: Any, **options: Any) -> Tensor:
+        given = self.named(args, options)
+        x = given.pop(self.arguments[0])
+        if given.pop("is_causal", self.causal) and not self.causal:
+            raise ValueError(f"a swapped mixer reads both ways in place of {self.was}: is_causal=True was asked for")
+        mask = given.pop(next((name for name in MASKS if name in given), ""), None)
+        refuse(self.was, given)
+        if isinstance(mask, Tensor) and mask.shape[-2:] == (x.shape[1], x.shape[1]) and mask.ndim < 4:
+            mask = mask[None] if mask.ndim == 2 else mask
+            mask = mask[:, None]
+        elif isinstance(mask, Tensor) and mask.ndim != 4:
+            raise ValueError(f"a mask of {self.was} must be (T, T), (B, T, T) or (B, 1, T, T), got {tuple(mask.shape)}")
+        real, begins = read_mask(mask, x, self.causal)
+        if not self.causal:
+            return self.both_ways(x, real)
+        rows, how = packed(x, real, beginnings(x, real, begins))
+        return self.note(self.mixer(rows, **how)).reshape(x.shape)
 
 
 class InMultiheadAttention(Wrapper):
     """In place of nn.MultiheadAttention over one sequence; answers with (hidden, None). With `is_causal`, or a mask
     that hides what is later, the mixer reads forwards, else both ways."""
+
+    reads = "forwards or both ways, as the mask of each call says"
 
     def __init__(self, mixer: Mixer, module: nn.MultiheadAttention) -> None:
         super().__init__(mixer, module)
@@ -118,31 +185,30 @@ class InMultiheadAttention(Wrapper):
         return y[0] if alone else y if self.rows_first else y.transpose(0, 1), None
 
 
+def arguments_of(module: nn.Module) -> tuple[str, ...]:
+    """Names of the positional arguments of a module's `forward`."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in positional)
+
+
+def refuse(was: str, given: dict[str, Any]) -> None:
+    """Raise ValueError for what is left of a call when all that can be honoured was taken from it."""
+    for name in given.keys() - HARMLESS:
+        kind = "" if isinstance(given[name], Tensor) else f"={given[name]!r}"
+        raise ValueError(f"a mixer in place of {was} cannot honour the argument {name}{kind}")
+
+
+def warn_of_bare_adapter(module: nn.Module, state_dict: dict[str, Any]) -> None:
+    """An adapter of PEFT holds no buffers unless `mixers.hf.save_adapter` wrote it: what it stores would differ."""
+    adapter = any(".lora_" in name for name in state_dict) and not any(".threshold." in name for name in state_dict)
+    if adapter and any(True for _ in thresholds_of(module)):
+        message = "this adapter was saved without KV thresholds, so other tokens are stored than when it was trained; "
+        warnings.warn(message + "save it by mixers.hf.save_adapter", stacklevel=2)
+
+
 def _hides_later(mask: Tensor | None) -> bool:
     if mask is None:
         return False
     hidden = (mask if mask.dtype == torch.bool else mask < 0).flatten(0, -3) if mask.ndim > 2 else mask
     hidden = hidden if hidden.dtype == torch.bool else hidden < 0
     return bool((hidden == torch.ones_like(hidden).triu(1)).all())
-
-
-def real_tokens_of(mask: Any, x: Tensor) -> Tensor | None:
-    """(B, T) bool, True where x (B, T, D) holds a token, from a mask as models hand it to attention; None if all do.
-
-    Of (B, 1, T, S), True or 0 where a query sees a key, the diagonal tells: only padding does not see itself.
-
-    Raises:
-        ValueError: a mask of another kind.
-    """
-    if mask is None:
-        return None
-    B, T = x.shape[:2]
-    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
-        raise ValueError(
-            f"a swapped mixer cannot read an attention mask of {type(mask).__name__}; load the model with "
-            'attn_implementation="sdpa" or "eager"'
-        )
-    if mask.ndim == 4:
-        mask = mask[:, 0].diagonal(mask.shape[-1] - mask.shape[-2], -2, -1)  # query t is key S - T + t
-    real = mask[:, -T:] if mask.dtype == torch.bool else mask[:, -T:] >= (0 if mask.is_floating_point() else 1)
-    return None if real.all() else real.expand(B, T)

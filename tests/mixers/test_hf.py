@@ -2,16 +2,17 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mixers import calibrate, set_kv_usage, swap_mixers
-from mixers.hf import MixerConfig, MixerForCausalLM, byte_tokenizer, swapped
+from mixers.hf import MixerConfig, MixerForCausalLM, byte_tokenizer, save_adapter, swapped
 from mixers.threshold import thresholds_of
 
 LLAMA = LlamaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
@@ -115,6 +116,48 @@ def test_lora_around_a_mixer(tmp_path):
     adapted.train()(x, labels=x).loss.backward()
     assert all(p.grad.isfinite().all() for p in adapted.parameters() if p.requires_grad)
     assert adapted.eval().generate(input_ids=x, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 15)
+
+
+@pytest.mark.parametrize("threshold", ["calibrated", "controlled", "learned"])
+def test_an_adapter_is_whole(tmp_path, threshold):
+    """Thresholds and head biases that moved after the base was kept come back with it, or a warning says not."""
+    torch.manual_seed(0)
+    model, x = LlamaForCausalLM(LLAMA), tokens(2, 30)
+    swap_mixers(model, {"name": "ham", "threshold": threshold}, where="*.self_attn", kv_usage=0.5)
+    model.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["qkv", "out"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)
+    adapted.train()(x)
+    model.model.layers[1].self_attn.mixer.head_bias += 0.1
+    expected = adapted.eval()(x).logits
+
+    def loaded(folder):
+        base = swapped(LlamaForCausalLM).from_pretrained(tmp_path / "base")
+        return PeftModel.from_pretrained(base, folder).eval()
+
+    save_adapter(adapted, tmp_path / "whole")
+    again = loaded(tmp_path / "whole")
+    assert torch.equal(again(x).logits, expected)
+    assert len(list(thresholds_of(again))) == 1
+    adapted.save_pretrained(tmp_path / "bare")
+    with pytest.warns(UserWarning, match="saved without KV thresholds.* save it by mixers.hf.save_adapter"):
+        again = loaded(tmp_path / "bare")
+    assert not torch.equal(again(x).logits, expected)
+
+
+def test_adapters_by_name_and_of_our_decoders(tmp_path):
+    x = tokens(2, 30)
+    adapted = get_peft_model(ours(), LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False), "first")
+    adapted.add_adapter("second", LoraConfig(r=4, target_modules=["out"], init_lora_weights=False))
+    calibrate(adapted, [x[:, ::3]])
+    save_adapter(adapted, tmp_path)
+    for name in ("first", "second"):
+        adapted.set_adapter(name)
+        expected = adapted.eval()(x).logits
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "this adapter")
+            again = PeftModel.from_pretrained(ours(), tmp_path / name).eval()
+        assert torch.equal(again(x).logits, expected)
 
 
 def test_a_token_is_a_byte(tmp_path):

@@ -1,55 +1,21 @@
 """Mixers in other models: Hugging Face decoders, nn.TransformerEncoder, Vision Transformers, a class of ones own."""
 
 import copy
+import re
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 from mixers import SpecError, aux_loss, calibrate, kv_cache_bytes, set_kv_usage, swap_mixers
 from mixers.hosts import ADAPTERS, Host, register_host
 from mixers.hosts.wrappers import InDecoder, Wrapper
+from tests.mixers.hosts import DECODERS, HAM, SIZES, Attention, Stack, decoder, plain, tokens
 
-SIZES = dict(vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48)
-DECODERS = {
-    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, num_key_value_heads=2), "*.self_attn"),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8), "model.layers.*.self_attn"),
-    "gpt2": (GPT2LMHeadModel, GPT2Config(vocab_size=50, n_embd=32, n_layer=4, n_head=4), "*.attn"),
-    "neox": (GPTNeoXForCausalLM, GPTNeoXConfig(**SIZES), "*.attention"),
-}
-HAM = {"name": "ham", "threshold": {"name": "fixed", "tau": 0.05}}
 MIXERS = {"ham": HAM, "gdn": "gdn", "attention": "attention", "window": {"name": "attention", "window": 3}}
 every_decoder = pytest.mark.parametrize("host", DECODERS)
-
-
-def plain(host):
-    cls, config, where = DECODERS[host]
-    return cls(config), where
-
-
-def decoder(host, mixer=HAM, dtype=torch.float64, **options):
-    torch.manual_seed(0)
-    model, where = plain(host)
-    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
-    swap_mixers(model, mixer, where=where, **options)
-    return model.to(dtype).eval()
-
-
-def tokens(*shape):
-    return torch.randint(1, 50, shape, generator=torch.Generator().manual_seed(0))
 
 
 class TestDecoders:
@@ -65,21 +31,25 @@ class TestDecoders:
             cache, parts = out.past_key_values, [*parts, out.logits]
         assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-9)
 
-    @every_decoder
-    @pytest.mark.parametrize("mixer", MIXERS)
+    @pytest.mark.parametrize(
+        ("host", "mixer"), [*((host, "ham") for host in DECODERS), *(("llama", m) for m in MIXERS)]
+    )
     @pytest.mark.parametrize("attention", ["sdpa", "eager"])
     @torch.no_grad()
     def test_padding_on_either_side_does_not_matter(self, host, mixer, attention):
+        """However it is numbered: none of these positions is taken for the beginning of a document."""
         model, x = decoder(host, MIXERS[mixer]), tokens(2, 9)
         model.set_attn_implementation(attention)
         for real in (slice(2, 9), slice(0, 7)):
             mask = torch.ones(2, 9, dtype=torch.long)
             mask[0] = 0
             mask[0, real] = 1
-            position = (mask.cumsum(1) - 1).clamp(min=0)
-            out = model(x, attention_mask=mask, position_ids=position).logits
-            assert_close(out[0, real], model(x[:1, real]).logits[0], rtol=1e-9, atol=1e-9)
-            assert_close(out[1], model(x[1:]).logits[0], rtol=1e-9, atol=1e-9)
+            counted = mask.cumsum(1) - 1
+            numbered = (None, counted.clamp(min=0), counted.masked_fill(mask == 0, 1), torch.arange(9)[None])
+            for position in numbered if host in ("llama", "gpt2") else numbered[:2]:
+                out = model(x, attention_mask=mask, position_ids=position, use_cache=position is None).logits
+                assert_close(out[0, real], model(x[:1, real]).logits[0], rtol=1e-9, atol=1e-9)
+                assert_close(out[1], model(x[1:]).logits[0], rtol=1e-9, atol=1e-9)
 
     @every_decoder
     @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
@@ -162,6 +132,27 @@ class TestDecoders:
         assert all(p.grad is not None and p.grad.isfinite().all() for p in mixer.parameters())
         assert aux_loss(decoder("gpt2", "gdn")) == 0
 
+    @pytest.mark.parametrize(
+        ("mixer", "told"),
+        [
+            ({"name": "ham", "kv_usage": 0.25}, "KV cache at usage 0.25: 64 bytes a token, 1.00x the host's 64; "),
+            ({"name": "ham", "kv_usage": 0.1}, "KV cache at usage 0.1: 26 bytes a token, 0.40x the host's 64; "),
+            (HAM, "KV cache: 256 bytes a token, 4.00x the host's 64, of as many tokens as pass the fixed threshold; "),
+            (
+                {"name": "ham", "max_tokens": 9},
+                "1.00x the host's 64, of at most 9 tokens a head; 1,664 bytes of memory",
+            ),
+            ("gdn", r"KV cache: none \(the host's: 64 bytes a token\); .* bytes of memory a sequence"),
+            ("attention", "KV cache: 64 bytes a token, 1.00x the host's 64; 0 bytes of memory a sequence"),
+            ({"name": "attention", "window": 3}, "1.00x the host's 64, of the last 3 tokens alone; "),
+        ],
+    )
+    def test_the_report_weighs_the_cache_against_the_hosts(self, mixer, told):
+        """8 query heads of 4, 2 key heads: usage .25 of all heads is as much as the host keeps."""
+        sizes = SIZES | dict(num_attention_heads=8, num_key_value_heads=2)
+        report = swap_mixers(LlamaForCausalLM(LlamaConfig(**sizes)), mixer)
+        assert re.search(told, str(report))
+
 
 class TestEncoders:
     @pytest.mark.parametrize("batch_first", [True, False])
@@ -214,27 +205,11 @@ class TestEncoders:
         assert out.logits.shape == (4, 3) and all(p.grad is not None for p in model.vit.parameters())
 
     def test_a_block_of_timms_signature(self):
-        class Attention(nn.Module):
-            def __init__(self, dim, num_heads):
-                super().__init__()
-                self.num_heads = num_heads
-                self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-
-            def forward(self, x, attn_mask=None, is_causal=False): ...
-
-        class Block(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.norm, self.attn = nn.LayerNorm(16), Attention(16, 2)
-
-            def forward(self, x):
-                return x + self.attn(self.norm(x))
-
-        model = nn.Sequential(Block(), Block())
-        theirs = model[0].attn.qkv.weight.clone()
-        report = swap_mixers(model, "gdn", where="*.attn", layers=[0, 1])
-        assert torch.equal(torch.cat([model[0].attn.mixer.projections()[part] for part in "qkv"]), theirs)
-        assert report[0].weights["o"] == "carried"
+        model = Stack(Attention)
+        theirs = model.blocks[0]["attn"].qkv.weight.clone()
+        report = swap_mixers(model, "gdn", where="*.attn", layers=[0, 1], causal=False)
+        ours = model.blocks[0]["attn"].mixer.projections()
+        assert torch.equal(torch.cat([ours[part] for part in "qkv"]), theirs) and report[0].weights["o"] == "carried"
         assert model(torch.randn(2, 5, 16)).shape == (2, 5, 16)
 
 
@@ -316,6 +291,17 @@ class TestMistakes:
         x = torch.randn(1, 3, 32, dtype=torch.float64)
         with pytest.raises(ValueError, match='attention mask of str; load the model with attn_implementation="sdpa"'):
             layer(x, attention_mask="block mask")
-        with pytest.raises(ValueError, match="cross-attention was asked for"):
-            layer(x, encoder_hidden_states=x)
         assert isinstance(layer, InDecoder)
+        later, bias = torch.ones(1, 1, 3, 3) > 0, torch.tensor([[0.0, -9, -9], [-0.5, 0, -9], [-0.5, -0.5, 0]])
+        for message, options in {
+            "cross-attention was asked for": {"encoder_hidden_states": x},
+            "is_causal=False was asked for": {"is_causal": False},
+            "cannot honour the argument output_attentions=True": {"output_attentions": True},
+            "cannot honour the argument alibi": {"alibi": x},
+            "reads forwards cannot obey this attention mask": {"attention_mask": later},
+            "cannot add the bias that is in this attention mask": {"attention_mask": bias[None, None]},
+            "takes one attention mask for all heads, got 4": {"attention_mask": later.tril().expand(1, 4, 3, 3)},
+            "does not fit 3 tokens": {"attention_mask": later[..., :2]},
+        }.items():
+            with pytest.raises(ValueError, match=message):
+                layer(x, **options)
