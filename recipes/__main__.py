@@ -90,6 +90,10 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a folder that may not be written
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 

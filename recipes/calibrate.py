@@ -35,6 +35,7 @@ def calibrate(
     from mixers.threshold import thresholds_of
     from recipes.checkpoints import find, read
     from recipes.generate import load
+    from recipes.results import written_whole
 
     if batches < 1:
         raise SpecError(f"batches must be at least 1, got {batches}")
@@ -60,11 +61,10 @@ def calibrate(
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     checkpoint["state_dict"] = model.cpu().state_dict()
     checkpoint["hyper_parameters"]["kv_usage"] = asked
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_suffix(".part")
-    torch.save(checkpoint, part)
-    part.replace(target)
-    print(f"KV usage on {len(some)} batches: {before:.3f}, now {_usage(model, some):.3f} for {asked:g}; {target}")
+    with written_whole(target) as part:
+        torch.save(checkpoint, part)
+    after = _usage(model, some)
+    print(f"{path}: KV usage on {len(some)} batches: {before:.3f}, now {after:.3f} for {asked:g}; written to {target}")
 
 
 def _usage(model, batches) -> float:

@@ -1,10 +1,13 @@
 """What the command line adds to a run."""
 
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 
 from mixers import set_kv_usage
@@ -20,6 +23,30 @@ class SaveConfig(SaveConfigCallback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[RECIPE] = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+
+
+class LinkedCheckpoint(ModelCheckpoint):
+    """ModelCheckpoint whose link to the last checkpoint always leads to a whole one: a new one is written, then linked,
+    and then the one before is removed. Lightning removes before it links."""
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        last = f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
+        if self.save_last == "link" and Path(filepath).name != last:
+            self._link_checkpoint(trainer, filepath, str(Path(filepath).with_name(last)))
+
+    @staticmethod
+    def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
+        """In one step, where Lightning takes the old link away first."""
+        if trainer.is_global_zero and Path(filepath).absolute() != Path(linkpath).absolute():
+            new = Path(f"{linkpath}.part")
+            new.unlink(missing_ok=True)
+            try:
+                new.symlink_to(os.path.relpath(filepath, Path(linkpath).parent))
+            except OSError:  # no symbolic links here
+                shutil.copy(filepath, new)
+            new.replace(linkpath)
+        trainer.strategy.barrier()
 
 
 class AskedUsage(Callback):

@@ -6,6 +6,7 @@ the flags; then KV usage may be changed, and any other difference is an error, f
 """
 
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,40 @@ def find(path: str, *, root: Path, name: str) -> Path:
         SpecError: there is none.
     """
     if path == "last":
-        found = [p for p in root.glob(f"{name}/checkpoints/last*.ckpt") if p.exists()]
-        if not found:
-            raise SpecError(f"--ckpt_path last: no run {root / name} has a last checkpoint")
-        return max(found, key=lambda p: p.stat().st_mtime)
+        folders = [folder for folder in root.glob(f"{name}/checkpoints") if any(folder.glob("*.ckpt"))]
+        for folder in sorted(folders, key=_newest, reverse=True):
+            if found := _last(folder):
+                return found
+        raise SpecError(f"--ckpt_path last: no run {root / name} has a last checkpoint")
     if not Path(path).exists():
-        raise SpecError(f"--ckpt_path {path}: no such checkpoint")
+        beside = _last(Path(path).parent) if Path(path).is_symlink() else None
+        cut = f" but a link into nowhere; beside it is {beside}" if beside else ""
+        raise SpecError(f"--ckpt_path {path}: no such checkpoint{cut}")
     return Path(path)
+
+
+def _newest(folder: Path) -> float:
+    """When anything was written into a folder of checkpoints: links count, even if they lead nowhere."""
+    return max(file.lstat().st_mtime for file in folder.glob("*.ckpt"))
+
+
+def _last(folder: Path) -> Path | None:
+    """The last checkpoint of a run. One that was cut while it saved may have left a link into nowhere: then the newest
+    file that is whole."""
+    links = [file for file in folder.glob("last*.ckpt") if file.exists()]
+    if links:
+        return max(links, key=lambda file: file.stat().st_mtime)
+    files = [file for file in folder.glob("*.ckpt") if file.exists()]
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        with suppress(SpecError):
+            _check_archive(_plain_file(file))
+            return file
+    return None
+
+
+def _plain_file(path: Path) -> Path:
+    """The file of a checkpoint with its plain data: of a sharded one, its meta file."""
+    return path / "meta.pt" if path.is_dir() else path
 
 
 @dataclass
@@ -54,6 +82,12 @@ class Saved:
     hparams: dict[str, Any]
     recipe: dict[str, Any]
     step: int
+
+    @property
+    def folder(self) -> Path:
+        """Of the run, or of the file where it lies alone."""
+        parent = self.path.parent
+        return parent.parent if parent.name == "checkpoints" else parent
 
     @property
     def data(self) -> str | None:
@@ -157,7 +191,7 @@ def read(path: Path) -> Saved:
     Raises:
         SpecError: it is none, is damaged, or names a class of the model that is not trusted.
     """
-    file = path / "meta.pt" if path.is_dir() else path
+    file = _plain_file(path)
     _check_archive(file)
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)

@@ -4,12 +4,12 @@ import argparse
 import json
 import logging
 import re
-import shutil
 import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -25,6 +25,8 @@ from recipes import checkpoints, flags, plugins
 from recipes.callbacks import AskedUsage, SaveConfig
 from recipes.composition import PARTS, class_path, setting
 from recipes.messages import one_line, program
+from recipes.results import written_whole
+from recipes.run_folder import RunFolder
 
 NOISE = (
     ".*does not have many workers.*",
@@ -46,12 +48,13 @@ class RecipeCLI(LightningCLI):
     Args:
         command: fit, validate, test or predict.
         given: the user's flags.
+        folder: of the run, to be made by a fit.
     """
 
-    def __init__(self, command: str, given: flags.Flags):
+    def __init__(self, command: str, given: flags.Flags, folder: RunFolder):
         self.given = given
         self.saved: checkpoints.Saved | None = None
-        self.run_dir: Path | None = None
+        self.folder = folder
         super().__init__(
             args=[command],  # completed in parse_arguments
             subclass_mode_model=True,
@@ -97,6 +100,8 @@ class RecipeCLI(LightningCLI):
         self.saved.check(config.model.as_dict())
         if command == "fit" and 0 < config.trainer.max_steps <= self.saved.step:
             raise SpecError(f"{path} is at step {self.saved.step} of {config.trainer.max_steps}; give more --steps")
+        verb = "resumes" if command == "fit" else command + "s"
+        say(f"{verb} {path}{_target(path)}, of step {self.saved.step}")
         return config
 
     def _parse(self, command: str, args: list[str]) -> Any:
@@ -181,13 +186,11 @@ class RecipeCLI(LightningCLI):
         model, data = self._get(self.config, "model").init_args, self._get(self.config, "data")
         mixer = self.given.mixer or ",".join(dict.fromkeys(flags.mixer_names(model.get("mixer", "own"))))
         name = run_name(mixer, data.class_path if data else "own")
-        numbers = [int(match[1]) for path in root.glob(f"{name}-*") if (match := re.search(r"-(\d+)$", path.name))]
-        self.run_dir = root / f"{name}-{max(numbers, default=0) + 1}"
-        where = {"save_dir": root, "name": "", "version": self.run_dir.name}
+        self.folder.make(root, name)
+        where = {"save_dir": root, "name": "", "version": self.folder.path.name}
         return [TensorBoardLogger(**where, default_hp_metric=False), CSVLogger(**where)]
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
-        """Trains. A mistake of the user's that only shows now, as in the data's files, leaves no folder behind."""
         try:
             self.trainer.fit(model, **kwargs)
         except SystemExit:  # how Lightning answers SIGTERM and Ctrl-C
@@ -195,19 +198,29 @@ class RecipeCLI(LightningCLI):
             again = as_run(f"python -m recipes fit --ckpt_path {saved}")
             say(f"\nstopped; go on with\n  {again}" if saved else "\nstopped")
             raise
-        except SpecError:
-            if self.run_dir and self.trainer.global_step == 0:
-                shutil.rmtree(self.run_dir, ignore_errors=True)
-            raise
+
+    def predict(self, model: LightningModule, **kwargs: Any) -> None:
+        """Writes what the model's `predict_step` returned, batch by batch; with several processes, each its own."""
+        batches = self.trainer.predict(model, **kwargs)
+        rank = f"-rank{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
+        target = Path(self.given.out or self.saved.folder / "predictions.pt")
+        target = target.with_name(f"{target.stem}{rank}{target.suffix}")
+        with written_whole(target) as part:
+            torch.save(batches, part)
+        print(f"predictions for {len(batches)} batches of the test split, a list that torch.load reads: {target}")
 
     def before_fit(self) -> None:
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
-        where = f"; writes to {self.run_dir}" if self.run_dir else ""
+        where = f"; writes to {self.folder.path}" if self.folder.path else ""
         say(f"{type(self.model).__name__} with {size:.2f} M parameters{where}")
 
 
 def _config(content: dict[str, Any]) -> str:
     return f"--config={json.dumps(content)}"
+
+
+def _target(path: Path) -> str:
+    return f" -> {path.resolve().name}" if path.is_symlink() else ""
 
 
 def mistake_in(error: BaseException | None) -> SpecError | None:
@@ -243,8 +256,14 @@ def main(command: str, args: list[str]) -> int:
         logging.getLogger(name).setLevel(logging.WARNING)
     given = flags.parse(args)
     given.rest = ["--help" if arg == "--help_all" else arg for arg in given.rest]
+    if given.out and command != "predict":
+        raise SpecError(f"{command} takes no --out; predict does")
+    folder = RunFolder()
     try:
-        cli = RecipeCLI(command, given)
-    except SIGTERMException:  # a SystemExit without a code, which would read as success
-        return SIGTERM_EXIT
+        cli = RecipeCLI(command, given, folder)
+    except BaseException as error:
+        folder.drop_if_unused()
+        if isinstance(error, SIGTERMException):  # a SystemExit without a code, which would read as success
+            return SIGTERM_EXIT
+        raise
     return SIGTERM_EXIT if cli.trainer.received_sigterm else 0

@@ -20,7 +20,10 @@ def export(ckpt_path: str = "last", out: str = "", kv_usage: float | None = None
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SpecError(f"--out {out} exists and is not an empty folder")
-    path, size = write(ckpt_path, folder, kv_usage, root)
+    from recipes.results import written_whole
+
+    with written_whole(folder) as part:
+        path, size = write(ckpt_path, part, kv_usage, root)
     print(f"{path}: {size:,} parameters written to {folder}/\n")
     print(
         "import mixers.hf\nfrom transformers import AutoModelForCausalLM\n"

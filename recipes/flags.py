@@ -40,6 +40,7 @@ HELP = {
     "--steps N": "training steps",
     "--seed N": "seed of the initial weights (--data.seed: of the data)",
     "--plugin MODULE": "a module or file of yours that registers mixers or routers; every command takes it",
+    "--out FILE": "predict: where the predictions go; default: predictions.pt in the checkpoint's run",
     "--ckpt_path PATH": "a checkpoint, or last: the newest one of the runs with this --mixer and --data, if given",
 }
 
@@ -59,13 +60,14 @@ class Flags:
     """A command line, taken apart.
 
     Attributes:
-        mixer, data: the short flags, None where they were not given.
+        mixer, data, out: the short flags, None where they were not given.
         rest: all other flags, as long ones, in the user's order.
         classes: the model's and the data's class path, where these flags or their --config files name one.
     """
 
     mixer: str | None = None
     data: str | None = None
+    out: str | None = None
     rest: list[str] = field(default_factory=list)
     classes: dict[str, str] = field(default_factory=dict)
 
@@ -158,7 +160,7 @@ def parse(args: list[str]) -> Flags:
 
 def _short(args: list[str], rest: list[str]) -> Iterator[tuple[str, str]]:
     """Yields the short flags with their values; whatever else there is goes to `rest`, in order."""
-    known = {"--mixer", "--data", "--router", *RENAMED}
+    known = {"--mixer", "--data", "--router", "--out", *RENAMED}
     words = iter(args)
     for word in words:
         flag, equals, value = word.partition("=")

@@ -37,13 +37,15 @@ def generate(
         root: folder of runs, for "last".
     """
     from lit_modules.generation import Continuation
+    from recipes.checkpoints import find
 
     if bool(prompt) == bool(prompt_file):
         raise SpecError("give either --prompt or --prompt_file")
     if max_new_tokens < 1:
         raise SpecError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     content = _read(prompt_file) if prompt_file else prompt.encode()
-    model = load(ckpt_path, root=root, kv_usage=kv_usage)
+    path = find(ckpt_path, root=Path(root), name="*")
+    model = load(str(path), kv_usage=kv_usage)
 
     import torch
     from tqdm import tqdm
@@ -68,6 +70,7 @@ def generate(
             pending = b""
     seconds = time.perf_counter() - start
     print()
+    print(f"{path}:", file=sys.stderr)
     _report(model, written, len(content), read, max_new_tokens, seconds)
 
 

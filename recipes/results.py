@@ -3,11 +3,17 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from mixers.registry import SpecError
+from recipes.messages import one_line
 
 SCHEMA_VERSION = 1
 PACKAGES = (
@@ -61,12 +67,37 @@ def device_name() -> str:
     return f"{models[0] if models else platform.processor() or platform.machine()}, {len(models) or '?'} cores"
 
 
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write a file or a folder to, which then becomes `path`, or is removed if writing fails.
+
+    Raises:
+        SpecError: a full disk, a folder that is a file or may not be written, or whatever else keeps it from the disk.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        if part.is_dir() and path.is_dir():
+            path.rmdir()  # empty, or this fails
+        part.replace(path)
+    except SpecError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:  # torch and safetensors have errors of their own for these
+        reason = getattr(error, "strerror", None) or one_line(str(error))
+        raise SpecError(f"{path} cannot be written: {reason}") from error
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                part.unlink()
+
+
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Written whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(data, indent=1) + "\n")
-    part.replace(path)
+    """Written whole or not at all. Raises SpecError if it cannot be."""
+    with written_whole(path) as part:
+        part.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
