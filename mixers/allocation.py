@@ -60,6 +60,8 @@ def allocate(
     if not (usages and batches):
         raise SpecError("to allocate the KV budget takes at least one batch and one usage")
     thresholds = {m.threshold: m.threshold.kv_usage for m in mixers}
+    for threshold in thresholds:
+        threshold.close_step()  # of training
     moved = [m.head_bias for m in mixers] + [x for t in thresholds for x in (*t.parameters(), *t.buffers())]
     before = [x.clone() for x in moved]
     modes = {module: module.training for module in model.modules()}

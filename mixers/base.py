@@ -10,6 +10,7 @@ from kernels.decode.cache import PagedCache
 from kernels.sequences import check_cu_seqlens
 from mixers.bounded_cache import BoundedCache
 from mixers.kv_cache import KVCache, Recent
+from mixers.routers.base import RouterState
 
 
 @dataclass
@@ -50,12 +51,14 @@ class Routing:
 
 @dataclass
 class MixerState:
-    """What a mixer remembers of N sequences: tokens seen, recurrent memory, convolution tail, keys and values."""
+    """What a mixer remembers of N sequences: tokens seen, recurrent memory, convolution tail, keys and values, and what
+    a router with a memory of its own does."""
 
     length: Tensor  # (N,) int64
     recurrent: Tensor | None = None  # (N, H, K, V) float32, or float64 in a float64 model
     conv: Tensor | None = None  # (N, taps - 1, channels)
     kv: KVCache | BoundedCache | None = None
+    router: RouterState | None = None
 
     def map(self, function: Any) -> "MixerState":
         """A new state, `function` applied to every tensor."""
@@ -73,7 +76,8 @@ class MixerState:
         if kv is not None:
             pages = getattr(kv, "pages", kv)
             kv = type(kv).__name__, kv.heads, pages.k.shape[-1], pages.v.shape[-1], getattr(kv, "limit", 0)
-        return *(None if x is None else tuple(x.shape[1:]) for x in (self.recurrent, self.conv)), kv
+        shapes = (_map(x, lambda x: tuple(x.shape[1:])) for x in (self.recurrent, self.conv, self.router))
+        return *shapes, kv
 
     def detach(self) -> "MixerState":
         return self.map(lambda x: x.detach())
@@ -90,6 +94,8 @@ torch.serialization.add_safe_globals([MixerState, KVCache, Recent, BoundedCache,
 def _map(value: Any, function: Any) -> Any:
     if value is None:
         return None
+    if isinstance(value, dict):
+        return {name: function(x) for name, x in value.items()}
     return value.map(function) if isinstance(value, KVCache | BoundedCache) else function(value)
 
 
@@ -166,7 +172,7 @@ class Mixer(nn.Module):
     def _check(self, state: MixerState) -> None:
         if self._layout is None:
             self._layout = self.init_state(1).layout
-        for name, ours, theirs in zip(("recurrent", "conv", "kv"), self._layout, state.layout, strict=True):
+        for name, ours, theirs in zip(("recurrent", "conv", "router", "kv"), self._layout, state.layout, strict=True):
             if ours is not None and ours != theirs:
                 raise ValueError(f"the state is of another mixer: its {name} is {theirs}, not {ours}")
 
@@ -206,8 +212,10 @@ def kv_stored_bytes(state: Any) -> int:
 
 
 def state_bytes(state: Any) -> int:
-    """Bytes of the parts of `state` that do not grow: recurrent memory and convolution tail."""
+    """Bytes of the parts of `state` that do not grow: recurrent memory, convolution tail, what the router remembers."""
     if isinstance(state, (list, tuple)):
         return sum(state_bytes(s) for s in state)
-    parts = () if state is None else (state.recurrent, state.conv)
-    return sum(x.numel() * x.element_size() for x in parts if x is not None)
+    if state is None:
+        return 0
+    router = state.router if isinstance(state.router, dict) else {"": state.router}
+    return sum(x.numel() * x.element_size() for x in (state.recurrent, state.conv, *router.values()) if x is not None)

@@ -34,7 +34,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any
     if not thresholds:
         raise SpecError("the model has no KV threshold to calibrate: none of its mixers routes tokens")
     modes = {module: module.training for module in model.modules()}
-    model.eval()  # which also ends a training step under way
+    model.eval()
+    for threshold in thresholds:
+        threshold.close_step()  # of training
     before = [(t.table.clone(), t.steps.clone()) for t in thresholds]
     count = 0
     try:

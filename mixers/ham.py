@@ -26,7 +26,8 @@ from mixers.gated_delta_net import GatedDeltaNet, new_tokens
 from mixers.kv_cache import KVCache
 from mixers.memory import MemoryRead
 from mixers.registry import ROUTERS, THRESHOLDS, SpecError, parse_spec, unknown
-from mixers.routers.base import RouterInputs
+from mixers.routers.base import RouterInputs, RouterState
+from mixers.routers.contract import examine, name_of, score
 
 GATE_TEMPERATURE = 0.1  # of the straight-through gate that trains a learned router or threshold, in units of its score
 
@@ -74,6 +75,8 @@ class HAM(GatedDeltaNet):
         heads = self.memory.num_states
         self.router = ROUTERS.build(router, dim, heads)
         self.threshold = THRESHOLDS.build(threshold, heads, kv_usage=kv_usage, scope=scope)
+        self.threshold.router = name_of(self.router) if self.router.tells_tokens_apart else ""
+        self._examined = False  # the router, once
         self.register_buffer("head_bias", torch.zeros(heads))  # of the scores; `mixers.allocate` sets it
         self.log_scale = nn.Parameter(torch.full((heads,), math.log(2 * math.sqrt(self.memory.head_dim))))  # s
         self.log_scale._no_weight_decay = True
@@ -94,6 +97,7 @@ class HAM(GatedDeltaNet):
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> MixerState:
         state = super().init_state(batch_size, device, dtype)
+        state.router = self.router.init_state(batch_size, state.recurrent.device, state.recurrent.dtype)
         sizes = batch_size, self.num_heads, self.memory.head_dim, self.memory.value_dim
         like = dict(dtype=state.conv.dtype, device=state.conv.device)
         if self.max_tokens:
@@ -108,11 +112,11 @@ class HAM(GatedDeltaNet):
         q = m.q * self.log_scale.exp().to(m.q.dtype)[:, None]
 
         inputs = self._router_inputs(x, q, m, state, cu_seqlens)
-        ranked = self.router(inputs).float()
+        ranked, remembered = self._score(inputs)
         scores = ranked + self.head_bias.float()
         if self.training:
             self.threshold.observe(self.layer_index, scores)
-        tau = bar = self.threshold.tau().expand(self.num_heads)
+        tau = bar = self.threshold.tau(self.training).expand(self.num_heads)
         if self.training and self.threshold.usages is not None:
             bar = self.threshold.tau_per_sequence(cu_seqlens)
         stored = scores > bar
@@ -133,7 +137,7 @@ class HAM(GatedDeltaNet):
         window = self.router.window(self.kv_usage)
         routing = Routing(scores, stored, tau, m.g.float(), lengths, window, self.max_tokens)
         if state is not None:
-            state = MixerState(state.length + new, m.recurrent, m.conv, kv)
+            state = MixerState(state.length + new, m.recurrent, m.conv, kv, remembered)
         return MixerOutput(hidden, state, routing, aux_loss)
 
     def _router_inputs(self, x: Tensor, q: Tensor, m: MemoryRead, state, cu_seqlens) -> RouterInputs:
@@ -146,12 +150,27 @@ class HAM(GatedDeltaNet):
         # scores choose tokens, and a choice has no gradient: what they are made of is detached
         q, k, v, prediction, g, beta = (part.detach() for part in (q, m.k, m.v, m.prediction, m.g, m.beta))
         weight = self.out.weight.detach().unflatten(1, (self.num_heads, -1))
+        if state is not None:
+            remembered = state.router
+        else:
+            sequences = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
+            remembered = self.router.init_state(sequences, g.device, g.dtype)
         statistics = None
         if self.router.predict == "statistics":
             prediction, statistics = None, prediction
         return RouterInputs(
-            x, q, k, v, prediction, g, beta, positions, self.layer_index, weight, cu_seqlens, statistics
+            x, q, k, v, prediction, g, beta, positions, self.layer_index, weight, cu_seqlens, statistics, remembered
         )
+
+    def _score(self, inputs: RouterInputs) -> tuple[Tensor, RouterState | None]:
+        """Scores (B, T, H) in float32 and what the router remembers; the first ones are examined."""
+        x = inputs.x.detach()
+        first = not (self._examined or torch.compiler.is_compiling() or x.is_meta) and x.shape[1] > 1
+        if first and x.isfinite().all():  # else the router is not to blame
+            examine(self.router, inputs)
+            self._examined = True
+        scores, remembered = score(self.router, inputs)
+        return scores.float(), remembered
 
     def _attend(self, q, k, v, stored, state, cu_seqlens) -> tuple[Tensor, KVCache | None]:
         window, a = self.router.window(self.kv_usage), None

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from mixers.base import Mixer
+from mixers.quantiles import LEVELS, quantiles, read
 from mixers.registry import SpecError, unknown
 
-LEVELS = 129  # quantiles at 0, 1/128, ..., 1: scores come in clusters, and tau is interpolated between levels
 SAMPLE = 8192  # tokens of a step that a layer's quantiles are taken from
+BOUND = 1e38  # what infinite scores count as
+CHECK_EVERY = 64  # steps; looking at the scores makes a GPU wait
 SCOPES = ("model", "layer", "head")
 
 
@@ -47,7 +49,11 @@ class Threshold(nn.Module):
         self.register_buffer("table", torch.zeros(groups, LEVELS))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self._pending: dict[int, Tensor] = {}  # layer -> scores (tokens, H) of the step under way
+        self._counted: dict[str, Tensor] | None = None  # the buffers as they will be when that step is closed
         self._checked = False
+        self._closed, self._warned = 0, False  # steps, by this process; of their scores
+        self.router = ""
+        """What gives the scores, as warnings name it; empty where all scores may well be the same."""
         self._shared = False  # by several layers
         self.usages: Tensor | None = None  # of the sequences of a training step, see `usage_per_sequence`
 
@@ -58,41 +64,64 @@ class Threshold(nn.Module):
             y = fn(x)
             return y if y.dtype == x.dtype else x.to(y.device)
 
+        self._pending = {layer: moved(scores) for layer, scores in self._pending.items()}
+        self._counted = None
         return super()._apply(moved, recurse)
-
-    def train(self, mode: bool = True):
-        """Before evaluation, the step under way is counted."""
-        if not mode:
-            self._settle()
-        return super().train(mode)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """Saved once, under the first of the layers that share it: formats like safetensors refuse shared tensors."""
-        self._settle()
         places = getattr(destination, "_metadata", {})
         if all(place.get("threshold") != id(self) for place in places.values()):
             places.setdefault(prefix[:-1], {})["threshold"] = id(self)
-            super()._save_to_state_dict(destination, prefix, keep_vars)
+            with self._step_counted():
+                super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if not self._shared or any(name.startswith(prefix) for name in state_dict):
+            self._pending, self._counted = {}, None  # of what was there before
             super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _settle(self) -> None:
-        """Count the step under way, unless other ranks would have to agree: they may not come here."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            self.close_step()
+    @contextmanager
+    def _step_counted(self) -> Iterator[None]:
+        """Within it the step under way counts, as it will when it is closed; afterwards all is as it was.
 
-    def tau(self) -> Tensor:
-        """The threshold, (H,) or (1,) float32: -inf at usage 1, inf at usage 0, whatever the kind."""
+        So evaluation and saving see all of training and change nothing. With several processes, which would have to
+        agree and may not all come here, they see what is closed.
+        """
+        if not self._pending or several_processes():
+            yield
+            return
+        buffers, pending, closed = self._buffers, self._pending, self._closed
+        try:
+            if self._counted is None:
+                with torch.inference_mode(False):
+                    self._buffers = {name: x.clone() for name, x in buffers.items()}
+                    self.close_step()
+                self._counted = self._buffers
+            self._buffers, self._pending = self._counted, {}
+            yield
+        finally:
+            self._buffers, self._pending, self._closed = buffers, pending, closed
+
+    def tau(self, training: bool | None = None) -> Tensor:
+        """The threshold, (H,) or (1,) float32: -inf at usage 1, inf at usage 0, whatever the kind.
+
+        In training (default: the module's mode) it is that of the steps that are closed, so that all layers of a step
+        have the same; else the step under way counts, too.
+        """
         if self.kv_usage in (0.0, 1.0):
             return torch.full_like(self.table[:, 0], math.inf if self.kv_usage == 0 else -math.inf)
-        if not (self.training or self._checked or torch.compiler.is_compiling()):
-            self._checked = True  # once: reading the counter makes a GPU wait
-            if self.steps == 0:
-                message = "the KV threshold has seen no training step: its usage is not what was asked"
-                warnings.warn(message, stacklevel=2)
-        return self.quantile(self.kv_usage) if self.averaging and self.follows_usage else self.between()
+        if self.averaging and self.follows_usage:
+            return self.quantile(self.kv_usage)
+        if self.training if training is None else training:
+            return self.between()
+        with self._step_counted():
+            if not (self._checked or torch.compiler.is_compiling()):
+                self._checked = True  # once: reading the counter makes a GPU wait
+                if self.steps == 0:
+                    message = "the KV threshold has seen no training step: its usage is not what was asked"
+                    warnings.warn(message, stacklevel=2)
+            return self.between()
 
     def between(self) -> Tensor:
         """The threshold at a usage strictly between 0 and 1."""
@@ -111,14 +140,15 @@ class Threshold(nn.Module):
         return tau.repeat_interleave(cu_seqlens.long().diff(), 0)[None]
 
     def set_usage(self, kv_usage: float) -> None:
-        """Change the usage to aim at."""
-        self.kv_usage = check_usage(kv_usage)
+        """Change the usage to aim at. The step under way ends."""
+        kv_usage = check_usage(kv_usage)
+        if not several_processes():
+            self.close_step()
+        self.kv_usage = kv_usage
 
     def quantile(self, kv_usage: float) -> Tensor:
         """The score that a share `kv_usage` of the scores seen lies above, (groups,)."""
-        place = (1 - kv_usage) * (LEVELS - 1)
-        low = min(int(place), LEVELS - 2)
-        return torch.lerp(self.table[:, low], self.table[:, low + 1], place - low)
+        return read(self.table, kv_usage)
 
     @torch.no_grad()
     def observe(self, layer: int, scores: Tensor) -> None:
@@ -132,11 +162,12 @@ class Threshold(nn.Module):
             return
         if layer in self._pending:
             self.close_step()
+        self._counted = None
         tokens = scores.detach().float().flatten(0, 1)
         if len(tokens) > SAMPLE:  # at steps of the golden ratio: even steps could hit the keys alone of key-value pairs
             place = torch.arange(SAMPLE, device=tokens.device, dtype=torch.double) * 0.6180339887498949
             tokens = tokens[(place % 1 * len(tokens)).long()]
-        self._pending[layer] = tokens.nan_to_num(0.0, 3e38, -3e38)
+        self._pending[layer] = tokens
 
     @torch.no_grad()
     def close_step(self) -> None:
@@ -144,15 +175,37 @@ class Threshold(nn.Module):
         if not self._pending:
             return
         scores = list(self._pending.values())
-        self._pending = {}
+        self._pending, self._counted = {}, None
         grouped = torch.cat(scores).T if self.scope == "head" else torch.cat([s.flatten() for s in scores])[None]
-        levels = torch.linspace(0, 1, LEVELS, device=grouped.device, dtype=grouped.dtype)
-        table = mean_over_ranks(torch.quantile(grouped, levels, dim=1).T.contiguous())
-        first = 1 / (int(self.steps) + 1)
-        self.table.lerp_(table.to(self.table), first if self.averaging else max(1 - self.momentum, first))
+        finite = grouped.nan_to_num(0.0, BOUND, -BOUND)
+        table = quantiles(finite)
+        if self.router and not torch.compiler.is_compiling():
+            self._check(grouped, table)
+        table = mean_over_ranks(table)
+        weight = 1 / (self.steps + 1).to(self.table)  # a tensor: reading it would make a GPU wait
+        if not self.averaging:
+            weight = weight.clamp(min=1 - self.momentum)
+        self.table.lerp_(table.to(self.table), weight)
         self.steps += 1
         if not self.averaging:
-            self.adjust(grouped)
+            self.adjust(finite)
+
+    def _check(self, scores: Tensor, table: Tensor) -> None:
+        """Warn, once, of scores (groups, n) too many of which are equal, or NaN, to store the usage asked for."""
+        usage, self._closed = self.kv_usage, self._closed + 1
+        if self._warned or self._closed % CHECK_EVERY != 1:
+            return
+        if scores.isnan().any():
+            what = "gave NaN, which is never stored"
+        elif scores.shape[1] * min(usage, 1 - usage) < 8:  # too few to tell
+            return
+        else:
+            stored = float((scores > read(table, usage)[:, None]).float().mean())
+            if usage / 2 <= stored <= (1 + usage) / 2:
+                return
+            what = f"gives too many tokens the same score: the KV usage {usage:g} becomes {stored:.2g}"
+        self._warned = True
+        warnings.warn(f"router {self.router} {what}", stacklevel=3)
 
     def adjust(self, scores: Tensor) -> None:
         """Move what the kind of threshold moves, given the step's scores (groups, n)."""
@@ -259,8 +312,13 @@ class Learned(Threshold):
                 self.current.copy_(self.quantile(self.kv_usage))
 
 
+def several_processes() -> bool:
+    """Whether thresholds have to agree with those of other processes."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def mean_over_ranks(x: Tensor) -> Tensor:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if several_processes():
         torch.distributed.all_reduce(x)
         x = x / torch.distributed.get_world_size()
     return x

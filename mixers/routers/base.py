@@ -1,9 +1,32 @@
-"""What a router is: a function from what the memory made of a token to a score per head."""
+"""What a router is: a function from what the memory made of a token to a score per head.
 
+Most routers look at each token by itself. One that remembers earlier tokens says so: `init_state` gives what it knows
+before a sequence begins, `forward` takes that from `inputs.state` and gives back the new one. It is then carried from
+call to call like the mixer's other memories, so that scores do not depend on how a sequence is split or packed:
+
+    class Unusual(Router):  # how far the surprise of a token is above its exponential mean
+        def init_state(self, batch_size, device=None, dtype=None):
+            return torch.ones(batch_size, self.num_heads, device=device, dtype=dtype)
+
+        def forward(self, inputs):
+            surprise = 1 - cosine_similarity(inputs.prediction, inputs.v, dim=-1)  # (B, T, H)
+
+            def step(mean, now):  # (N, H) each: a token of every sequence
+                return mean.lerp(now, 0.1), now - mean
+
+            return inputs.scan(step, surprise)  # (scores, state)
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from kernels.sequences import pad_packed, real_tokens, unpad
+
+RouterState = Tensor | dict[str, Tensor]
+"""What a router remembers of N sequences: a tensor (N, ...), or several by name."""
 
 
 @dataclass
@@ -24,6 +47,7 @@ class RouterInputs:
         output_weight: (D, H, V), the output projection.
         cu_seqlens: (N + 1,) bounds of packed sequences, or None.
         statistics: (B, T, H, 2) float32, p.v and p.p, for a router that asked for no more.
+        state: what the router remembers of the N sequences, for a router with `init_state`; else None.
     """
 
     x: Tensor
@@ -38,6 +62,26 @@ class RouterInputs:
     output_weight: Tensor
     cu_seqlens: Tensor | None = None
     statistics: Tensor | None = None
+    state: RouterState | None = None
+
+    def scan(self, step: Callable[..., tuple[RouterState, Tensor]], *per_token: Tensor) -> tuple[Tensor, RouterState]:
+        """Scores (B, T, H) and the new state, token after token from `state` on, packed sequences each by itself.
+
+        Args:
+            step: (state, what it sees of one token of every sequence (N, ...)) -> (new state, scores (N, H)).
+            per_token: what it sees, (B, T, ...) each.
+        """
+        real = None
+        if self.cu_seqlens is not None:
+            real = real_tokens(self.cu_seqlens)
+            per_token = tuple(pad_packed(x, real) for x in per_token)
+        state, scores = self.state, []
+        for t in range(per_token[0].shape[1]):
+            new, score = step(state, *(x[:, t] for x in per_token))
+            state = new if real is None else _where(real[:, t], new, state)
+            scores.append(score)
+        packed = torch.stack(scores, 1)
+        return packed if real is None else unpad(packed, real), state
 
     @property
     def write(self) -> Tensor:
@@ -75,15 +119,28 @@ class Router(nn.Module):
     """`statistics`: p.v and p.p are enough, which saves a GPU the writing of every prediction."""
     trained_by_gate = False
     """True: in training a stored value passes a straight-through gate on its score, which so sees the task's loss."""
+    tells_tokens_apart = True
+    """False: scores may well be infinite or all the same, as those of `all`, `none` and `recency` are."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.dim, self.num_heads = dim, num_heads
 
-    def forward(self, inputs: RouterInputs) -> Tensor:
-        """Scores (B, T, H); a token is stored in a head iff its score is above the threshold.
+    def init_state(
+        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> RouterState | None:
+        """What a router with a memory knows of `batch_size` sequences that have not begun; None: it has no memory.
 
-        The score of a token may depend on that token and on earlier ones, never on later ones.
+        `dtype` is that of `prediction`, `g` and `beta`: float32, or float64 in a float64 model.
+        """
+        return None
+
+    def forward(self, inputs: RouterInputs) -> Tensor | tuple[Tensor, RouterState]:
+        """Scores (B, T, H) of floating point; a token is stored in a head iff its score is above the threshold. A
+        router with `init_state` gives (scores, new state).
+
+        The score of a token may depend on that token and on earlier ones, never on later ones, and of earlier calls
+        only on what `inputs.state` tells.
         """
         raise NotImplementedError
 
@@ -94,6 +151,13 @@ class Router(nn.Module):
     def window(self, kv_usage: float) -> int:
         """How many of the last tokens are seen whether they are stored or not."""
         return 0
+
+
+def _where(there: Tensor, new: RouterState, old: RouterState) -> RouterState:
+    """`new` of the sequences that are `there` (N,), `old` of the others."""
+    if isinstance(new, dict):
+        return {name: _where(there, new[name], old[name]) for name in new}
+    return torch.where(there.view(-1, *[1] * (new.ndim - 1)), new, old)
 
 
 def draws(seed: int, layer: int, num_heads: int, positions: Tensor) -> Tensor:

@@ -56,6 +56,8 @@ class Recency(Router):
         length: tokens that the KV usage is a share of: window = usage * length.
     """
 
+    tells_tokens_apart = False
+
     def __init__(self, dim: int, num_heads: int, *, window: int = 0, length: int = 512) -> None:
         super().__init__(dim, num_heads)
         if window < 0 or length < 1:
@@ -72,12 +74,16 @@ class Recency(Router):
 class All(Router):
     """Every token, unless the KV usage is 0: both memories at full size."""
 
+    tells_tokens_apart = False
+
     def forward(self, inputs: RouterInputs) -> Tensor:
         return torch.full(inputs.g.shape, torch.inf, device=inputs.x.device)
 
 
 class Nothing(Router):
     """No token: the recurrent memory alone."""
+
+    tells_tokens_apart = False
 
     def forward(self, inputs: RouterInputs) -> Tensor:
         return torch.full(inputs.g.shape, -torch.inf, device=inputs.x.device)

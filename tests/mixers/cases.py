@@ -80,7 +80,12 @@ def tensors_of(state):
     """The tensors of a state, by name."""
     found = {}
     for name, value in vars(state).items():
-        found |= entries_of(value) if name == "kv" and value is not None else {name: value}
+        if name == "kv" and value is not None:
+            found |= entries_of(value)
+        elif isinstance(value, dict):
+            found |= {f"{name} {part}": x for part, x in value.items()}
+        else:
+            found[name] = value
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -1,0 +1,23 @@
+"""A table of quantiles: what a threshold remembers of the scores it has seen."""
+
+import torch
+from torch import Tensor
+
+LEVELS = 129  # at 0, 1/128, ..., 1: scores come in clusters, and what is read lies between levels
+
+
+def quantiles(x: Tensor) -> Tensor:
+    """The table (groups, LEVELS) of x (groups, n): what shares 0, 1/128, ..., 1 of it lie below, as `torch.quantile`
+    has it, which stops at 2^24 numbers."""
+    x = x.sort(1).values
+    place = torch.arange(LEVELS, device=x.device) * (x.shape[1] - 1)  # in units of 1/128: exact
+    low = place // (LEVELS - 1)
+    high = (low + 1).clamp(max=x.shape[1] - 1)
+    return torch.lerp(x[:, low], x[:, high], (place % (LEVELS - 1)).to(x.dtype) / (LEVELS - 1))
+
+
+def read(table: Tensor, above: float) -> Tensor:
+    """The value (groups,) that a share `above` of what a table (groups, LEVELS) was made of lies above."""
+    place = (1 - above) * (LEVELS - 1)
+    low = min(int(place), LEVELS - 2)
+    return torch.lerp(table[:, low], table[:, low + 1], place - low)
