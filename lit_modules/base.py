@@ -134,7 +134,8 @@ class SequenceModule(pl.LightningModule):
         budgets: AbstractContextManager = nullcontext()
         if self.budget and self.decoder.training:
             count = len(tokens) if cu_seqlens is None else len(cu_seqlens) - 1
-            budgets = usage_per_sequence(self.decoder, self.budget.draw(count, tokens.device))
+            usages = self.budget.draw(count, rank=self.global_rank).to(tokens.device)
+            budgets = usage_per_sequence(self.decoder, usages)
         with budgets:
             return self.decoder(tokens, cu_seqlens=cu_seqlens, padding_mask=batch.get("padding_mask"))
 
@@ -170,7 +171,16 @@ class SequenceModule(pl.LightningModule):
 
     # Training
 
-    def on_after_backward(self) -> None:
+    def on_train_epoch_start(self) -> None:
+        """Micro-batches whose gradients are accumulated are one step of the KV thresholds, as the larger batch is."""
+        for threshold in thresholds_of(self.decoder):
+            threshold.micro_batches = self.trainer.accumulate_grad_batches
+
+    def on_train_end(self) -> None:
+        for threshold in thresholds_of(self.decoder):
+            threshold.micro_batches = 1
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Ends the step of the KV thresholds, so that a checkpoint holds all they have seen."""
         for threshold in thresholds_of(self.decoder):
             threshold.close_step()

@@ -10,6 +10,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_modules.base import SequenceModule
+from lit_modules.data.stream import REPEATED
 from lit_modules.metrics import BitsPerByte, Perplexity
 
 IGNORED = -100
@@ -86,10 +87,11 @@ class LanguageModel(SequenceModule):
 
     def evaluation_step(self, batch: dict[str, Tensor]) -> None:
         out = self.decode(batch)
-        targets = batch["targets"]
-        loss, answers = self.token_loss(out.hidden, targets)
+        loss, answers = self.token_loss(out.hidden, batch["targets"])
+        counted = 0 if batch.get(REPEATED) else 1
+        targets = batch["targets"] if counted else torch.full_like(batch["targets"], IGNORED)
         self.metrics.update(value=loss, weight=(targets != IGNORED).sum(), preds=answers, target=targets)
-        self.usage.update(out.routing)
+        self.usage.update(out.routing, counted)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The likeliest next token at each position, (B, T) int64."""

@@ -43,16 +43,19 @@ class KVUsage(Metric):
         self.layers: dict[int, str] = {}
         self.add_state("tokens", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, routing: Sequence[Routing | None]) -> None:
-        """Counts one batch; ``routing`` holds what each layer routed, None for a layer that does not."""
+    def update(self, routing: Sequence[Routing | None], weight: int = 1) -> None:
+        """Counts one batch ``weight`` times; ``routing`` holds what each layer routed, None for a layer that does not.
+
+        A weight of 0 still makes the states that other ranks have.
+        """
         routed = {layer: entry for layer, entry in enumerate(routing) if entry is not None}
         for layer, entry in routed.items():
             if layer not in self.layers:  # the number of heads is known only now
                 self.layers[layer] = f"kept{layer}"
                 self.add_state(self.layers[layer], torch.zeros_like(entry.kept, dtype=torch.long), dist_reduce_fx="sum")
-            setattr(self, self.layers[layer], getattr(self, self.layers[layer]) + entry.kept.long())
+            setattr(self, self.layers[layer], getattr(self, self.layers[layer]) + weight * entry.kept.long())
         if routed:
-            self.tokens = self.tokens + next(iter(routed.values())).lengths.sum()
+            self.tokens = self.tokens + next(iter(routed.values())).lengths.sum() * weight
 
     def compute(self) -> dict[str, Tensor]:
         usage = {layer: getattr(self, state) / self.tokens for layer, state in self.layers.items()}

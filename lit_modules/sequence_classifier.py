@@ -9,6 +9,9 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_modules.base import SequenceModule
+from lit_modules.data.stream import REPEATED
+
+IGNORED = -100
 
 
 class SequenceClassifier(SequenceModule):
@@ -22,7 +25,7 @@ class SequenceClassifier(SequenceModule):
     def __init__(self, *, num_classes: int, **options: Any):
         super().__init__(**options)
         self.classifier = nn.Linear(self.hparams.dim, num_classes)
-        accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+        accuracy = MulticlassAccuracy(num_classes, average="micro", ignore_index=IGNORED, validate_args=False)
         self.metrics = MetricCollection({"loss": MeanMetric(), "accuracy": accuracy})
 
     def forward(self, tokens: Tensor, padding_mask: Tensor | None = None) -> Tensor:
@@ -50,8 +53,12 @@ class SequenceClassifier(SequenceModule):
     def evaluation_step(self, batch: dict[str, Tensor]) -> None:
         out = self.decode(batch)
         logits, label = self.classify(out.hidden, batch.get("padding_mask")), batch["label"]
-        self.metrics.update(value=F.cross_entropy(logits, label), weight=len(label), preds=logits, target=label)
-        self.usage.update(out.routing)
+        counted = 0 if batch.get(REPEATED) else 1
+        target = label if counted else torch.full_like(label, IGNORED)
+        self.metrics.update(
+            value=F.cross_entropy(logits, label), weight=counted * len(label), preds=logits, target=target
+        )
+        self.usage.update(out.routing, counted)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The likeliest class of each sequence, (B,) int64."""

@@ -36,6 +36,8 @@ class Threshold(nn.Module):
     trained_by_gate = False
     follows_usage = True
     """False: tau is the user's, whatever the KV usage."""
+    micro_batches = 1
+    """Forward passes of a training step. If there are several, `close_step` alone ends it."""
     averaging = False
     """True while `mixers.calibrate` runs: every step counts the same, and nothing but the table moves."""
 
@@ -154,20 +156,21 @@ class Threshold(nn.Module):
     def observe(self, layer: int, scores: Tensor) -> None:
         """Note a layer's scores (B, T, H) of a training step.
 
-        A step ends when one of its layers comes round again, or by `close_step`; tau is read after this call, so that
-        all layers of a step have the same. Activation checkpointing runs layers again in the backward pass, where tau
-        must be what it was in the forward pass, so those calls are not counted.
+        A step ends when one of its layers comes round again (if `micro_batches` is 1), or by `close_step`; tau is read
+        after this call, so that all layers of a step have the same. Activation checkpointing runs layers again in the
+        backward pass, where tau must be what it was in the forward pass, so those calls are not counted.
         """
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return
-        if layer in self._pending:
+        if layer in self._pending and self.micro_batches == 1:
             self.close_step()
         self._counted = None
         tokens = scores.detach().float().flatten(0, 1)
-        if len(tokens) > SAMPLE:  # at steps of the golden ratio: even steps could hit the keys alone of key-value pairs
-            place = torch.arange(SAMPLE, device=tokens.device, dtype=torch.double) * 0.6180339887498949
+        sample = max(1, SAMPLE // self.micro_batches)
+        if len(tokens) > sample:  # at steps of the golden ratio: even steps could hit the keys alone of key-value pairs
+            place = torch.arange(sample, device=tokens.device, dtype=torch.double) * 0.6180339887498949
             tokens = tokens[(place % 1 * len(tokens)).long()]
-        self._pending[layer] = tokens
+        self._pending[layer] = torch.cat([self._pending[layer], tokens]) if layer in self._pending else tokens
 
     @torch.no_grad()
     def close_step(self) -> None:

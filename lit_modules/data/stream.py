@@ -47,15 +47,21 @@ class BatchStream:
         self.next = state["next"]
 
 
+REPEATED = "repeated"
+"""A key of batches that another rank counts."""
+
+
 class FixedBatches:
     """The same batches every time, for evaluation: every ``world_size``-th one.
 
-    The order wraps around, so that all ranks get equally many, as collective operations need.
+    The order wraps around, so that all ranks get equally many, as collective operations need; what is there for the
+    second time has ``"repeated": True``, and is not to be counted.
     """
 
     def __init__(self, batches: Sequence[Batch], *, rank: int = 0, world_size: int = 1):
         count = -(-len(batches) // world_size)
-        self.batches = [batches[(rank + i * world_size) % len(batches)] for i in range(count)]
+        self.batches = [batches[i] for i in range(rank, len(batches), world_size)]
+        self.batches += [{**batches[rank % len(batches)], REPEATED: True}] * (count - len(self.batches))
 
     def __len__(self) -> int:
         return len(self.batches)

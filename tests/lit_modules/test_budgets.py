@@ -1,6 +1,7 @@
 """The KV usages that sequences are trained at."""
 
 import pytest
+import torch
 
 from lit_modules.budgets import build_budget
 from mixers import SpecError
@@ -14,6 +15,16 @@ def test_shares_are_as_asked_and_the_others_uniform(zero, one):
     for found, share in ((usages == 0, zero), (usages == 1, one), (usages < 0.3, zero + 0.3 * (1 - zero - one))):
         assert found.float().mean().item() == pytest.approx(share, abs=0.01)
     assert len(rest) / 1e5 == pytest.approx(1 - zero - one, abs=0.01)
+
+
+def test_processes_draw_apart_and_stay_in_step():
+    budget, drawn = build_budget("any"), []
+    for rank in (0, 1):
+        torch.manual_seed(0)
+        first = budget.draw(50 + rank, rank=rank)  # packed rows hold as many sequences as they do
+        drawn.append((first[:50], torch.rand(3)))
+    (one, then), (other, later) = drawn
+    assert not torch.equal(one, other) and torch.equal(then, later)
 
 
 def test_names_and_mistakes():

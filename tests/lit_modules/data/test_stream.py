@@ -1,4 +1,4 @@
-from lit_modules.data.stream import BatchStream, FixedBatches
+from lit_modules.data.stream import REPEATED, BatchStream, FixedBatches
 
 
 def test_a_stream_goes_on_from_epoch_to_epoch_and_from_its_state():
@@ -13,6 +13,10 @@ def test_a_stream_goes_on_from_epoch_to_epoch_and_from_its_state():
 
 
 def test_all_ranks_get_equally_many_fixed_batches_and_every_batch_is_some_ranks():
-    shares = [list(FixedBatches(list("abcde"), rank=rank, world_size=3)) for rank in range(3)]
-    assert shares == [["a", "d"], ["b", "e"], ["c", "a"]]
-    assert list(FixedBatches(list("ab"))) == ["a", "b"]
+    batches = [{"name": name} for name in "abcde"]
+    shares = [list(FixedBatches(batches, rank=rank, world_size=3)) for rank in range(3)]
+    assert [[batch["name"] for batch in share] for share in shares] == [["a", "d"], ["b", "e"], ["c", "c"]]
+    counted = [batch for share in shares for batch in share if not batch.get(REPEATED)]
+    assert sorted(batch["name"] for batch in counted) == list("abcde")
+    assert list(FixedBatches(batches)) == batches
+    assert list(FixedBatches(batches[:1], rank=2, world_size=3)) == [{"name": "a", REPEATED: True}]
