@@ -7,7 +7,10 @@ import argparse
 import importlib
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
+
+from recipes.messages import one_line, program
 
 LIGHTNING = ("fit", "validate", "test", "predict")
 
@@ -35,13 +38,15 @@ FUNCTIONS = ("compare", "bench", "cost", "doctor", "generate", "calibrate", "exp
 
 def usage() -> str:
     lines = [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
-    first, last = "usage: python -m recipes <command> [options]", "python -m recipes <command> --help says more."
-    return "\n".join([first, "", *lines, "", last])
+    whose = f"lightning-mixers, in {Path(__file__).parent}"
+    first, last = f"usage: {program()} <command> [options]", f"{program()} <command> --help says more."
+    note = "Every command takes --plugin MODULE, or a file.py, with mixers and routers of your own."
+    return "\n".join([whose, first, "", *lines, "", note, last])
 
 
 def run(command: str, args: list[str]) -> int:
     """Runs a command; returns its exit code. Raises SpecError or argparse.ArgumentError for a user's mistake."""
-    from mixers.registry import unknown
+    from mixers.registry import SpecError, unknown
 
     if command not in COMMANDS:
         raise unknown("command", command, COMMANDS)
@@ -63,13 +68,14 @@ def run(command: str, args: list[str]) -> int:
 
     from jsonargparse import auto_cli
 
-    prog = f"python -m recipes {command}"
-    switches = {
-        f"--{key}" for key, p in inspect.signature(function).parameters.items() if p.annotation in (bool, "bool")
-    }
+    options = inspect.signature(function).parameters
+    switches = {f"--{key}" for key, option in options.items() if option.annotation in (bool, "bool")}
     args = [f"{arg}=true" if arg in switches else arg for arg in args]
-    code = auto_cli(function, args=args, prog=prog, as_positional=False, exit_on_error=False, allow_abbrev=False)
-    return code or 0
+    how = {"prog": f"{program()} {command}", "as_positional": False, "exit_on_error": False, "allow_abbrev": False}
+    try:
+        return auto_cli(function, args=args, **how) or 0
+    except argparse.ArgumentError as error:
+        raise SpecError(one_line(str(error), known=options)) from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,8 +92,6 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(argv[0], argv[1:])
     except (SpecError, argparse.ArgumentError) as error:
-        from recipes.messages import one_line
-
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder that may not be written

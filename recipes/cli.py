@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lit_modules.base import with_options
 from lit_modules.callbacks import NextSteps
 from lit_modules.data import DATA
 from mixers import SpecError
@@ -63,7 +64,7 @@ class RecipeCLI(LightningCLI):
             save_config_callback=SaveConfig if command == "fit" else None,
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            parser_kwargs={"prog": "python -m recipes", "exit_on_error": False, "allow_abbrev": False},
+            parser_kwargs={"prog": program(), "exit_on_error": False, "allow_abbrev": False},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -105,6 +106,18 @@ class RecipeCLI(LightningCLI):
         return config
 
     def _parse(self, command: str, args: list[str]) -> Any:
+        """The configuration, with --num_heads and such in every mixer of the pattern that has them."""
+        if not self.given.options:
+            return self._parse_words(command, args)
+        config = self._parse_words(command, [word for word in args if not word.startswith("--print_config")])
+        mixer = config.model.get("init_args", {}).get("mixer")
+        if mixer is None:
+            raise SpecError(f"{config.model.class_path} has no mixer that could take {', '.join(self.given.options)}")
+        mixer = with_options(mixer, **self.given.options)
+        spec = json.dumps(mixer if len(mixer) > 1 else mixer[0])
+        return self._parse_words(command, [*args, f"--model.mixer={spec}"])
+
+    def _parse_words(self, command: str, args: list[str]) -> Any:
         try:
             self.config = self.parser.parse_args([command, *args])
         except argparse.ArgumentError as error:
@@ -125,7 +138,8 @@ class RecipeCLI(LightningCLI):
         config = parser.parse_args([recipe])
         parts = [part for part in ("model", "data") if config.get(part)]
         init_args = [f"{part}.{key}" for part in parts for key in vars(config[part].init_args)]
-        return [*init_args, *(option.removeprefix("--") for option in parser._option_string_actions)]
+        short = [flag.removeprefix("--") for flag in flags.SHORT]
+        return [*init_args, *short, *(option.removeprefix("--") for option in parser._option_string_actions)]
 
     def _check_mixer(self) -> None:
         if self.given.mixer:

@@ -15,6 +15,7 @@ from typing import Any
 from lit_modules.data import DATA, MODELS
 from mixers.registry import MIXERS, Registry, SpecError, parse_pattern, unknown
 from recipes.composition import compose, named_classes, without_replaced
+from recipes.messages import program
 
 RECIPES = Path(__file__).parent
 BASE = RECIPES / "base.yaml"
@@ -28,16 +29,41 @@ DATA_MODULES = Registry(
 RENAMED = {
     "--kv_usage": "--model.kv_usage",
     "--budget": "--model.budget",
+    "--dim": "--model.dim",
+    "--depth": "--model.depth",
+    "--lr": "--model.learning_rate",
+    "--compile": "--model.compile",
+    "--activation_checkpointing": "--model.activation_checkpointing",
+    "--seq_len": "--data.seq_len",
+    "--batch_tokens": "--data.batch_tokens",
     "--steps": "--trainer.max_steps",
+    "--precision": "--trainer.precision",
+    "--devices": "--trainer.devices",
+    "--strategy": "--trainer.strategy",
     "--seed": "--seed_everything",
 }
+SWITCHES = ("--compile", "--activation_checkpointing")  # true where no value follows
+OF_MIXERS = ("--num_heads", "--head_dim")  # of every mixer of the pattern that has them
+SHORT = {"--mixer", "--data", "--router", "--out", *OF_MIXERS, *RENAMED}
 HELP = {
     "--mixer NAME": "a recipe or mixer (`python -m recipes ls`), a pattern such as gdn*3,attention, or a class path",
     "--router NAME": "of a mixer that has one: a router's name or class path",
     "--kv_usage U": "share of the tokens that are stored, 0..1; with --ckpt_path too",
     "--budget any": "train for every KV usage at once; set one afterwards",
     "--data NAME": "text, mqar, classification, or the class path of a data module",
+    "--dim D": "model width; the recipes take 128, or 64 for recall",
+    "--depth N": "layers",
+    "--num_heads H": "heads of every mixer that has them, in a pattern, too",
+    "--head_dim K": "their width: of keys and, in most mixers, of values",
+    "--lr X": "peak learning rate, such as 3e-3",
     "--steps N": "training steps",
+    "--seq_len T": "longest piece of text that is seen at once, in tokens",
+    "--batch_tokens N": "tokens of a step, on each device",
+    "--precision P": "32-true, bf16-mixed, bf16-true or 16-mixed",
+    "--devices N": "how many, or auto",
+    "--strategy S": "ddp, or another of Lightning's, for many devices",
+    "--compile": "torch.compile the decoder",
+    "--activation_checkpointing": "compute activations again in the backward pass: less memory, more time",
     "--seed N": "seed of the initial weights (--data.seed: of the data)",
     "--plugin MODULE": "a module or file of yours that registers mixers or routers; every command takes it",
     "--out FILE": "predict: where the predictions go; default: predictions.pt in the checkpoint's run",
@@ -61,6 +87,7 @@ class Flags:
 
     Attributes:
         mixer, data, out: the short flags, None where they were not given.
+        options: those that every mixer which has them gets.
         rest: all other flags, as long ones, in the user's order.
         classes: the model's and the data's class path, where these flags or their --config files name one.
     """
@@ -68,6 +95,7 @@ class Flags:
     mixer: str | None = None
     data: str | None = None
     out: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     rest: list[str] = field(default_factory=list)
     classes: dict[str, str] = field(default_factory=dict)
 
@@ -144,6 +172,8 @@ def parse(args: list[str]) -> Flags:
     for flag, value in _short(args, flags.rest):
         if flag == "--router":
             flags.rest += ["--model.router", _spec(value)]
+        elif flag in OF_MIXERS:
+            flags.options[flag.removeprefix("--")] = _yaml(value)
         elif flag in RENAMED:
             flags.rest += [RENAMED[flag], value]
         else:
@@ -160,14 +190,17 @@ def parse(args: list[str]) -> Flags:
 
 def _short(args: list[str], rest: list[str]) -> Iterator[tuple[str, str]]:
     """Yields the short flags with their values; whatever else there is goes to `rest`, in order."""
-    known = {"--mixer", "--data", "--router", "--out", *RENAMED}
-    words = iter(args)
-    for word in words:
+    words = list(args)
+    while words:
+        word = words.pop(0)
         flag, equals, value = word.partition("=")
-        if flag not in known:
+        if flag not in SHORT:
             rest.append(word)
             continue
-        value = value if equals else next(words, "")
+        if not equals and flag in SWITCHES and (not words or words[0].startswith("--")):
+            value = "true"
+        elif not equals:
+            value = words.pop(0) if words else ""
         if not value or value.startswith("--"):
             raise SpecError(f"{flag} needs a value")
         yield flag, value
@@ -195,14 +228,14 @@ def _data_args(data: str, classes: dict[str, str]) -> list[str]:
 
 
 def help_text(command: str) -> str:
-    lines = [f"  {flag:<18}{text}" for flag, text in HELP.items()]
+    lines = [f"  {flag:<27}{text}" for flag, text in HELP.items()]
     return "\n".join(
         [
-            f"usage: python -m recipes {command} [options]",
+            f"usage: {program()} {command} [options]",
             "",
             *lines,
             "",
-            "and every flag of LightningCLI, such as --trainer.precision, --model.dim, --data.seq_len or --config;",
-            f"python -m recipes {command} --help_all lists them, --print_config shows what would run.",
+            "and every flag of LightningCLI, such as --model.weight_decay, --trainer.val_check_interval or --config;",
+            f"{program()} {command} --help_all lists them, --print_config shows what would run.",
         ]
     )

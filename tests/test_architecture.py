@@ -42,6 +42,16 @@ def test_files_stay_short(path):
     assert len(path.read_text().splitlines()) <= 400
 
 
+def test_lit_modules_has_what_it_names():
+    import lit_modules
+    from lit_modules import LanguageModel
+
+    assert LanguageModel is lit_modules.language_model.LanguageModel
+    assert {"LanguageModel", "SequenceClassifier", "TextData"} <= {*dir(lit_modules)}
+    assert all(isinstance(getattr(lit_modules, name), type) for name in lit_modules.__all__)
+    assert not hasattr(lit_modules, "LanguageModl")
+
+
 def test_packages_import_no_torch():
     code = "import sys, kernels, mixers, lit_modules, recipes; assert not {'torch', 'lightning'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

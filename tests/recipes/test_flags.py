@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import yaml
 
 from mixers import SpecError
 from recipes import flags
@@ -78,7 +79,36 @@ def test_mistakes(args, message):
         parse(args)
 
 
+def test_short_flags_reach_the_parser(run, here):
+    line = "--dim 32 --depth 3 --lr 1e-2 --steps 7 --precision bf16-mixed --devices 1 --strategy ddp --seed 3"
+    result = run(f"fit {line} --mixer hybrid --num_heads 2 --head_dim 8 --seq_len 64 --batch_tokens 128 --print_config")
+    assert result.code == 0, result.err
+    config = yaml.safe_load(result.out)
+    model, trainer, data = config["model"]["init_args"], config["trainer"], config["data"]["init_args"]
+    assert (model["dim"], model["depth"], model["learning_rate"]) == (32, 3, 1e-2)
+    assert [(spec["num_heads"], spec["head_dim"]) for spec in model["mixer"]] == [(2, 8), (2, 8)]
+    assert (trainer["max_steps"], trainer["precision"], trainer["devices"]) == (7, "bf16-mixed", "1")
+    assert (trainer["strategy"], config["seed_everything"]) == ("ddp", 3)
+    assert (data["seq_len"], data["batch_tokens"]) == (64, 128)
+
+
+def test_heads_of_a_mixer_of_its_own_and_of_none(run, here):
+    config = yaml.safe_load(run("fit --num_heads 8 --router cosine --print_config").out)
+    assert config["model"]["init_args"]["mixer"]["num_heads"] == 8
+    assert config["model"]["init_args"]["mixer"]["name"] == "ham"
+    assert "'two'" in run("fit --num_heads two").error
+    assert run("fit --numheads 2").error.endswith("Did you mean --num_heads?")
+    assert run("fit --dept 2").error.endswith("Did you mean --depth?")
+
+
+@pytest.mark.parametrize(
+    "words", [["--compile"], ["--compile", "--steps", "3"], ["--compile=true"], ["--compile", "true"]]
+)
+def test_switches(words):
+    assert parse(words).args()[:2] == ["--model.compile", "true"]
+
+
 def test_help_names_every_short_flag():
     text = flags.help_text("fit")
-    for flag in ["--mixer", "--router", "--data", "--plugin", "--ckpt_path", *flags.RENAMED]:
+    for flag in ["--plugin", "--ckpt_path", *flags.SHORT]:
         assert f"  {flag} " in text

@@ -1,31 +1,26 @@
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from recipes.__main__ import COMMANDS
 
+ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "lightning", "jsonargparse", "numpy", "yaml"}
 
 
-@pytest.mark.parametrize(
-    ("args", "limit"), [(["--help"], 0.2), (["ls"], 0.5), (["ls", "routers"], 0.5), (["fit", "--help"], 0.5)]
-)
-def test_answers_at_once(args, limit):
+@pytest.mark.parametrize("args", [["--help"], ["ls"], ["ls", "routers"], ["fit", "--help"]])
+def test_help_and_lists_import_nothing_heavy(args):
     code = f"import sys, json; from recipes.__main__ import main; main({args}); print(json.dumps(list(sys.modules)))"
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert not HEAVY & {*json.loads(result.stdout.splitlines()[-1])}
-    # processor time, for the machine may be busy with other tests
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < limit
 
 
 @pytest.mark.parametrize("line", ["", "--help", "-h", "help"])
@@ -58,17 +53,17 @@ def test_exit_codes_of_the_process(trained, tmp_path):
     """In processes of their own, as a user has it: a mistake, and SIGTERM in the middle of training."""
     checkpoint = trained / "runs/ham-text-1/checkpoints/last.ckpt"
     wrong = start("fti --mixer ham", tmp_path)
-    endless = start(f"fit --ckpt_path {checkpoint} --steps 1000000", tmp_path)
-    out, err = wrong.communicate(timeout=60)
+    long = start(f"fit --ckpt_path {checkpoint} --steps 20000", tmp_path)
+    out, err = wrong.communicate()
     assert (wrong.returncode, out) == (2, "")
     assert err.startswith("error: unknown command 'fti'") and err.count("\n") == 1
 
-    deadline = time.monotonic() + 60
-    while not (saved := [*tmp_path.glob("runs/ham-text-1/checkpoints/last.ckpt")]) and time.monotonic() < deadline:
+    saved = tmp_path / "runs/ham-text-1/checkpoints/last.ckpt"
+    while not saved.exists() and long.poll() is None:
         time.sleep(0.1)
-    endless.send_signal(signal.SIGTERM)
-    out, err = endless.communicate(timeout=60)
-    assert saved and endless.returncode == 143, err
+    long.send_signal(signal.SIGTERM)
+    out, err = long.communicate()
+    assert saved.exists() and long.returncode == 143, err
     assert "go on with\n  python -m recipes fit --ckpt_path runs/ham-text-1/checkpoints/" in out
 
 
@@ -77,3 +72,25 @@ def start(line: str, folder: Path) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
+
+
+def test_the_console_script_is_ours_whosever_recipes_are_installed(tmp_path):
+    """torchtune's raises when it is imported."""
+    (tmp_path / "theirs/recipes").mkdir(parents=True)
+    (tmp_path / "theirs/recipes/__init__.py").write_text("raise ModuleNotFoundError('not a package')")
+    (tmp_path / "my_parts.py").write_text("print('imported')")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "theirs"), str(ROOT)])}
+    for line, first in (("--help", f"lightning-mixers, in {ROOT / 'recipes'}"), ("ls --plugin my_parts", "imported")):
+        code = (
+            f"from lightning_mixers import main; import sys; sys.argv = ['mixers', *{line.split()}]; sys.exit(main())"
+        )
+        pipes = {"capture_output": True, "text": True, "cwd": tmp_path, "env": environment}
+        result = subprocess.run([sys.executable, "-P", "-c", code], **pipes)
+        assert (result.returncode, result.stdout.splitlines()[0]) == (0, first), result.stderr
+        assert "mixers <command>" in result.stdout or "gated_delta_net" in result.stdout
+    script = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["mixers"]
+    assert script == "lightning_mixers:main"
+
+
+def test_a_flag_of_a_function_that_is_nearly_right(run):
+    assert run("generate --promt a").error.endswith("Did you mean --prompt?")
