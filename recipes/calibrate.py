@@ -43,8 +43,9 @@ def calibrate(
     model = load(str(path), root=root, kv_usage=kv_usage)
     if next(thresholds_of(model), None) is None:
         raise SpecError(f"{path}: the model has no KV threshold to calibrate")
-    own = read(path).recipe.get("data", {}).get("init_args", {}).get("paths")
-    data = TextData(batch_tokens=8192, **({"paths": text or own} if text or own else {}))
+    own = read(path).recipe.get("data", {}).get("init_args", {})
+    source = {key: own[key] for key in ("paths", "text_field") if key in own} | ({"paths": text} if text else {})
+    data = TextData(batch_tokens=8192, **source)
     data.setup("fit")
     device = model.decoder.embedding.weight.device
     some = [

@@ -2,11 +2,13 @@
 
     --mixer ham      the recipe recipes/ham.yaml, if there is one; otherwise a mixer's name, class path or pattern
     --data mqar      the recipe recipes/data/mqar.yaml, or the class path of a data module
+    --data my/texts  the recipe of text, on that file or folder
 
 Recipes come first, whatever the order of the flags, so that every other flag, and every --config, wins over them.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +52,7 @@ HELP = {
     "--router NAME": "of a mixer that has one: a router's name or class path",
     "--kv_usage U": "share of the tokens that are stored, 0..1; with --ckpt_path too",
     "--budget any": "train for every KV usage at once; set one afterwards",
-    "--data NAME": "text, mqar, classification, or the class path of a data module",
+    "--data NAME": "text, mqar, classification, a file or folder of your text, or the class path of a data module",
     "--dim D": "model width; the recipes take 128, or 64 for recall",
     "--depth N": "layers",
     "--num_heads H": "heads of every mixer that has them, in a pattern, too",
@@ -178,6 +180,8 @@ def parse(args: list[str]) -> Flags:
             flags.rest += [RENAMED[flag], value]
         else:
             setattr(flags, flag.removeprefix("--"), value)
+    if flags.data and flags.data not in DATA_MODULES.names() and is_path(flags.data):
+        flags.data, flags.rest = "text", ["--data.paths", json.dumps([flags.data]), *flags.rest]
     if flags.mixer:
         for name in flags.names():
             _check_mixer(name)
@@ -217,6 +221,11 @@ def _check_mixer(name: str) -> None:
         MIXERS.origin(name)
     except SpecError:
         raise unknown("mixer", name, MIXERS.names(), hints=[*recipes(), *MIXERS.aliases()]) from None
+
+
+def is_path(data: str) -> bool:
+    """Whether a value of --data that is no name means a file or folder."""
+    return os.sep in data or Path(data).exists()
 
 
 def _data_args(data: str, classes: dict[str, str]) -> list[str]:

@@ -64,11 +64,13 @@ class PackedRows:
 class TextData(pl.LightningDataModule):
     """Next-byte prediction on text files; ids are the 256 bytes.
 
-    A file is in one split only. The default text differs between versions of Python: compare bits per byte on the same
-    one.
+    A document, which is a file or a line of a ``.jsonl`` file, is in one split only; of fewer than 50, each is cut in
+    three. The default text differs between versions of Python: compare bits per byte on the same one.
 
     Args:
-        paths: files and folders; None for the standard library's sources.
+        paths: files and folders, or one of them; None for the standard library's sources. Plain text of any suffix, and
+            ``.jsonl`` with a JSON object in each line.
+        text_field: of such an object, what holds the text.
         seq_len: longest piece of a text that a model sees at once, in bytes.
         batch_tokens: tokens per step and rank, packed into one row.
         max_bytes: text to read at most.
@@ -86,7 +88,8 @@ class TextData(pl.LightningDataModule):
     def __init__(
         self,
         *,
-        paths: list[str] | None = None,
+        paths: list[str] | str | None = None,
+        text_field: str = "text",
         seq_len: int = 512,
         batch_tokens: int = 8192,
         max_bytes: int = 100_000_000,
@@ -103,6 +106,7 @@ class TextData(pl.LightningDataModule):
         if not 0 < held_out < 0.5:
             raise SpecError(f"held_out {held_out} is outside its range 0..0.5")
         self.files = find_files(paths)
+        self.text_field = text_field
         self.seq_len = seq_len
         self.batch_tokens = batch_tokens
         self.max_bytes = max_bytes
@@ -114,7 +118,8 @@ class TextData(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         if self.rows:
             return
-        splits = split_texts(read_texts(self.files, max_bytes=self.max_bytes), held_out=self.held_out)
+        texts = read_texts(self.files, max_bytes=self.max_bytes, text_field=self.text_field)
+        splits = split_texts(texts, held_out=self.held_out)
         for split, texts in splits.items():
             if not texts:
                 raise SpecError(f"too little text for a {split} split: {sum(map(len, splits['train']))} bytes to train")

@@ -57,6 +57,16 @@ def test_data_by_class_path_brings_its_model():
     assert given.args() == ["--data", "lit_modules.data.classification.ClassificationData", "--model", "Mine"]
 
 
+def test_data_that_is_a_path_is_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own: texts").mkdir()
+    (tmp_path / "mqar").mkdir()
+    for path in (str(tmp_path), "own: texts", "nowhere/to/be/found"):
+        given = parse(["--data.seq_len", "3", "--data", path])
+        assert given.task() == "text" and given.args() == ["--data.paths", json.dumps([path]), "--data.seq_len", "3"]
+    assert parse(["--data", "mqar"]).task() == "mqar"
+
+
 def test_names():
     assert parse(["--mixer", "hybrid"]).names() == ["gated_delta_net", "attention"]
     assert parse(["--mixer", "gdn*2"]).names() == ["gated_delta_net"] * 2

@@ -19,7 +19,7 @@ def test_mixer_recipe(run, here, texts, name):
 
 @pytest.mark.parametrize("name", data_recipes())
 def test_data_recipe(run, here, texts, name):
-    size = f"--data.paths [{texts}] --data.held_out 0.3" if name == "text" else "--data.batch_size 2"
+    size = f"--data.paths {texts} --data.held_out 0.3" if name == "text" else "--data.batch_size 2"
     result = run(f"fit --data {name} --mixer gdn {size} {SMALL} --trainer.limit_val_batches 1")
     assert (result.code, result.err) == (0, "")
 

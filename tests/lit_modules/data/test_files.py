@@ -1,5 +1,9 @@
+import json
+import os
 import re
+import socket
 import sysconfig
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +28,7 @@ def test_files_and_folders_are_read_without_hidden_binary_and_repeated_ones(tmp_
         path.write_bytes(content)
     assert sorted(read_texts(find_files([str(tmp_path)]), max_bytes=1000)) == [b"first", b"second"]
     assert read_texts(find_files([str(tmp_path / "a.txt")] * 2), max_bytes=3) == [b"fir"]
+    assert find_files(str(tmp_path / "deep")) == find_files([str(tmp_path / "deep")])
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty.txt", "empty_folder", "folder_of_empty", "binary.bin"])
@@ -40,6 +45,99 @@ def test_a_path_without_text_is_one_clear_line(tmp_path, kind):
     with pytest.raises(SpecError, match=re.escape(str(path))) as error:
         read_texts(find_files([str(path)]), max_bytes=1000)
     assert "\n" not in str(error.value)
+
+
+def strange(folder: Path, kind: str) -> Path:
+    """Something in a folder that is no text, and might end a run or hang it."""
+    path = folder / kind
+    if kind == "dangling":
+        path.symlink_to("nowhere")
+    elif kind == "loop":
+        path.symlink_to(path.name)
+    elif kind == "up":
+        path.symlink_to(".")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        socket.socket(socket.AF_UNIX).bind(str(path))
+    elif kind == "unreadable":
+        path.write_text("secret")
+    else:
+        path.write_bytes(b"a,b\n1,2\n" if kind == "table.csv" else b"\x7fELF\0\0")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("dangling", "does not exist"),
+        ("loop", "symbolic links"),
+        ("up", "a link to a folder"),
+        ("pipe", "no regular file"),
+        ("socket", "no regular file"),
+        ("unreadable", "no permission"),
+        ("table.csv", ".csv"),
+        ("program", "binary"),
+    ],
+)
+def test_what_cannot_be_read_is_skipped_with_a_line_and_refused_by_name(tmp_path, monkeypatch, capsys, kind, reason):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "unreadable")  # root may read everything
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
+    folder = Path("folder")
+    folder.mkdir()
+    (folder / "a.txt").write_text("text")
+    path = strange(folder, kind)
+    assert read_texts(find_files([str(tmp_path / folder)]), max_bytes=100) == [b"text"]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and str(path) in said[0] and reason in said[0]
+    if kind != "up":  # which is the folder itself
+        with pytest.raises(SpecError, match=f"'{path}'.*{reason}"):
+            find_files([str(path)])
+
+
+def test_a_file_that_fails_while_it_is_read_is_skipped_with_a_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").write_text("more")
+    files = find_files([str(tmp_path)])
+    (tmp_path / "b.txt").unlink()
+    assert read_texts(files, max_bytes=100) == [b"text"]
+    assert "b.txt: No such file" in capsys.readouterr().err
+
+
+def test_many_skipped_files_are_counted(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("text")
+    for i in range(25):
+        (tmp_path / f"{i}.png").write_bytes(b"\0")
+    read_texts(find_files([str(tmp_path)]), max_bytes=100)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 21 and said[-1] == "skipped 5 more such files"
+
+
+def jsonl(path: Path, *records) -> list[Path]:
+    path.write_text("\n".join(record if isinstance(record, str) else json.dumps(record) for record in records))
+    return find_files([str(path)])
+
+
+def test_a_line_of_jsonl_is_a_document(tmp_path):
+    files = jsonl(tmp_path / "a.jsonl", {"text": "one\ntwo"}, "", {"text": "dr\u00e9i", "id": 7}, {"text": "\ud800!"})
+    assert sorted(read_texts(files, max_bytes=100)) == [b"?!", "dr\u00e9i".encode(), b"one\ntwo"]
+    assert read_texts(files, max_bytes=3) == [b"one"]
+    other = jsonl(tmp_path / "b.ndjson", {"body": "here", "text": "there"})
+    assert read_texts(other, max_bytes=100, text_field="body") == [b"here"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"body": "x", "id": 1}, "unknown text_field 'text' in .*a.jsonl:2; known: body, id"),
+        ({"text": ["x"]}, "a.jsonl:2: the field 'text' holds no text, but list"),
+        (["text"], "a.jsonl:2: expected a JSON object .* got list"),
+        ("{text", "a.jsonl:2: no JSON"),
+    ],
+)
+def test_a_line_without_the_field_is_named(tmp_path, line, message):
+    with pytest.raises(SpecError, match=message):
+        read_texts(jsonl(tmp_path / "a.jsonl", {"text": "fine"}, line), max_bytes=100)
 
 
 def test_a_file_is_in_one_split_wherever_it_lies():
