@@ -23,6 +23,8 @@ _LAZY = {
     "aux_loss": "mixers.swap",
     "swap_mixers": "mixers.swap",
     "calibrate": "mixers.calibration",
+    "check_mixer": "mixers.checks",
+    "check_router": "mixers.checks",
     "set_kv_usage": "mixers.threshold",
     "share_threshold": "mixers.threshold",
     "Decoder": "mixers.backbone",

@@ -129,8 +129,11 @@ class Mixer(nn.Module):
     def init_state(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> MixerState:
-        """The state of `batch_size` sequences that have not begun; device and dtype are by default the weights'."""
-        raise NotImplementedError
+        """The state of `batch_size` sequences that have not begun; device and dtype are by default the weights'.
+
+        A mixer may do without: it can then be trained and evaluated, but nothing can be written with it.
+        """
+        raise NotImplementedError(f"mixer {type(self).__module__}.{type(self).__qualname__} has no init_state")
 
     def projections(self) -> dict[str, Tensor]:
         """The weights (out, in) of the projections of x to queries `q`, keys `k` and values `v`, and of what is read to

@@ -1,13 +1,12 @@
 """What every mixer keeps to: one that is registered is tested by being registered."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from mixers import checks
 from tests.mixers.cases import TOLERANCE, assert_same, bounds_of, every_case, made, make, tensors_of, tokens
 
 seeds = st.integers(0, 1000)
@@ -27,21 +26,10 @@ def cuts(T):
 @given(data=st.data(), seed=seeds, B=st.integers(1, 3), T=st.integers(1, 40))
 def test_any_split_through_the_state_is_one_call(case, dtype, data, seed, B, T):
     mixer, x = made(case, dtype), tokens(seed, B, T, dtype=dtype)
-    whole, state = mixer(x), mixer.init_state(B)
-    hidden, stored = [], []
-    for start, stop in pairwise([0, *data.draw(cuts(T)), T]):
-        out = mixer(x[:, start:stop], state)
-        state = out.state
-        hidden.append(out.hidden)
-        stored.append(out.routing.stored if out.routing else None)
-    assert_close(torch.cat(hidden, 1), whole.hidden, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-    if whole.routing is not None:
-        assert torch.equal(torch.cat([s for s in stored if s is not None], 1), whole.routing.stored)
-    assert whole.state is None
-    once = mixer(x, mixer.init_state(B))
-    assert_same(once, whole, TOLERANCE[dtype])
-    out.hidden, out.routing = once.hidden, once.routing
-    assert_same(out, once, TOLERANCE[dtype])
+    last, once = checks.splitting(mixer, x, data.draw(cuts(T)), TOLERANCE[dtype])
+    assert_same(once, mixer(x), TOLERANCE[dtype])
+    last.hidden, last.routing = once.hidden, once.routing
+    assert_same(last, once, TOLERANCE[dtype])
 
 
 @every_case
@@ -49,16 +37,9 @@ def test_any_split_through_the_state_is_one_call(case, dtype, data, seed, B, T):
 @given(seed=seeds, lengths=lengths_of_documents)
 def test_packed_documents_are_separate_sequences(case, seed, lengths):
     mixer, x = made(case), tokens(seed, 1, sum(lengths))
-    packed = mixer(x, mixer.init_state(len(lengths)), bounds_of(lengths))
+    packed, alone = checks.packing(mixer, x, lengths, 1e-10)
     assert_same(mixer(x, cu_seqlens=bounds_of(lengths)), packed, 1e-10)
-    states = []
-    for n, part in enumerate(x.split(lengths, 1)):
-        alone = mixer(part, mixer.init_state(1))
-        here = slice(sum(lengths[:n]), sum(lengths[: n + 1]))
-        assert_close(packed.hidden[:, here], alone.hidden, rtol=1e-10, atol=1e-10)
-        if alone.routing is not None:
-            assert torch.equal(packed.routing.stored[:, here], alone.routing.stored)
-        states.append(tensors_of(alone.state))
+    states = [tensors_of(out.state) for out in alone]
     for name, value in tensors_of(packed.state).items():
         assert_close(value, torch.cat([state[name] for state in states]), rtol=1e-9, atol=1e-9)
 
@@ -69,15 +50,8 @@ def test_packed_documents_are_separate_sequences(case, seed, lengths):
 def test_packed_documents_go_on_from_their_states(case, data, seed, lengths):
     """Each document is cut at a place of its own; the first parts are packed, then the second ones."""
     mixer, x = made(case), tokens(seed, 1, sum(lengths))
-    whole = mixer(x, mixer.init_state(len(lengths)), bounds_of(lengths))
     first = [data.draw(st.integers(0, length)) for length in lengths]
-    second = [length - n for length, n in zip(lengths, first, strict=True)]
-    pieces = list(x.split([n for pair in zip(first, second, strict=True) for n in pair], 1))
-    one = mixer(torch.cat(pieces[::2], 1), mixer.init_state(len(lengths)), bounds_of(first))
-    two = mixer(torch.cat(pieces[1::2], 1), one.state, bounds_of(second))
-    parts = zip(one.hidden.split(first, 1), two.hidden.split(second, 1), strict=True)
-    hidden = torch.cat([part for pair in parts for part in pair], 1)
-    assert_close(hidden, whole.hidden, rtol=1e-10, atol=1e-10)
+    two, whole = checks.resuming(mixer, x, lengths, first, 1e-10)
     two.hidden, two.routing = whole.hidden, whole.routing
     assert_same(two, whole, 1e-10)
 
@@ -93,25 +67,13 @@ def test_padding_does_not_matter(case, data, seed, B, T, with_state):
     if hint != "holes":
         mask = mask.sort(1, descending=hint == "right").values
     state = mixer(tokens(seed + 1, B, 5), mixer.init_state(B)).state if with_state else None
-    out = mixer(x, state, padding_mask=mask)
+    out = checks.padding(mixer, x, mask, state, 1e-10)
     other = mixer(torch.where(mask[..., None], x, 1e6 * tokens(seed + 2, B, T)), state, padding_mask=mask)
-    assert torch.equal(out.hidden, other.hidden)
-    assert not out.hidden[~mask].any()
     if out.routing is not None:
-        assert torch.equal(out.routing.scores, other.routing.scores)
-        assert torch.equal(out.routing.stored, other.routing.stored)
-        assert not out.routing.stored[~mask].any()
         assert torch.equal(out.routing.usage, other.routing.usage)
     if with_state:
         for name, value in tensors_of(out.state).items():
             assert torch.equal(value, tensors_of(other.state)[name])
-        assert torch.equal(out.state.length, 5 + mask.sum(1))
-    for n in range(B):
-        before = mixer(tokens(seed + 1, B, 5)[n : n + 1], mixer.init_state(1)).state if with_state else None
-        alone = mixer(x[n : n + 1, mask[n]], before)
-        assert_close(out.hidden[n, mask[n]], alone.hidden[0], rtol=1e-10, atol=1e-10)
-        if alone.routing is not None:
-            assert torch.equal(out.routing.stored[n, mask[n]], alone.routing.stored[0])
 
 
 @every_case
@@ -134,13 +96,8 @@ def test_padding_within_packed_documents(case, data, seed, lengths):
 def test_nothing_depends_on_a_later_token(case, data, seed, T):
     mixer, x = made(case), tokens(seed, 2, T)
     place = data.draw(st.integers(1, T - 1))
-    other = torch.cat([x[:, :place], tokens(seed + 1, 2, T - place)], 1)
-    one, two = mixer(x), mixer(other)
-    assert_close(one.hidden[:, :place], two.hidden[:, :place], rtol=1e-12, atol=1e-12)
-    assert not torch.allclose(one.hidden[:, place:], two.hidden[:, place:])
-    if one.routing is not None:
-        assert torch.equal(one.routing.scores[:, :place], two.routing.scores[:, :place])
-        assert torch.equal(one.routing.stored[:, :place], two.routing.stored[:, :place])
+    checks.causality(mixer, x, place, 1e-12)
+    if mixer(x).routing is not None:
         x.requires_grad_()
         gradient = torch.autograd.grad(mixer(x).hidden[:, :place].sum(), x)[0]
         assert not gradient[:, place:].any()
