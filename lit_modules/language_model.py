@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_modules.base import SequenceModule
 from lit_modules.data.stream import REPEATED
-from lit_modules.metrics import BitsPerByte, Perplexity
+from lit_modules.metrics import BitsPerByte, Loss, Perplexity
 
 IGNORED = -100
 BYTES = 256
@@ -31,7 +31,7 @@ class LanguageModel(SequenceModule):
         super().__init__(**options)
         vocab_size = self.hparams.vocab_size
         metrics = {
-            "loss": MeanMetric(),
+            "loss": Loss(),
             "perplexity": Perplexity(),
             "accuracy": MulticlassAccuracy(vocab_size, average="micro", ignore_index=IGNORED, validate_args=False),
         }

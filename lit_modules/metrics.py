@@ -11,14 +11,20 @@ from torchmetrics import MeanMetric, Metric
 from mixers.base import Routing
 
 
-class BitsPerByte(MeanMetric):
+class Loss(MeanMetric):
+    """Mean of a loss. ``update(value, weight)``: its mean over a batch, and over how many."""
+
+    higher_is_better = False
+
+
+class BitsPerByte(Loss):
     """Mean loss in bits; for a model whose tokens are bytes. ``update(value, weight)``: mean nats, number of bytes."""
 
     def compute(self) -> Tensor:
         return super().compute() / math.log(2)
 
 
-class Perplexity(MeanMetric):
+class Perplexity(Loss):
     """exp of the mean loss. ``update(value, weight)``: mean nats, number of tokens.
 
     ``torchmetrics.text.Perplexity`` wants the logits and would compute the loss a second time.

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_modules.base import SequenceModule
 from lit_modules.data.stream import REPEATED
+from lit_modules.metrics import Loss
 
 IGNORED = -100
 
@@ -26,7 +27,7 @@ class SequenceClassifier(SequenceModule):
         super().__init__(**options)
         self.classifier = nn.Linear(self.hparams.dim, num_classes)
         accuracy = MulticlassAccuracy(num_classes, average="micro", ignore_index=IGNORED, validate_args=False)
-        self.metrics = MetricCollection({"loss": MeanMetric(), "accuracy": accuracy})
+        self.metrics = MetricCollection({"loss": Loss(), "accuracy": accuracy})
 
     def forward(self, tokens: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Logits (B, num_classes) of ``tokens`` (B, T); ``padding_mask`` (B, T) bool is True at real tokens."""

@@ -28,6 +28,7 @@ def compare(
     routers: list[str] | None = None,
     kv_usages: list[float] | None = None,
     data: str = "mqar",
+    metric: str | None = None,
     data_options: dict[str, Any] | None = None,
     model_options: dict[str, Any] | None = None,
     steps: int = 300,
@@ -50,9 +51,12 @@ def compare(
         mixers: in place of contestants: names, patterns such as gdn*3,attention, or class paths.
         routers: for each of these mixers that takes one.
         kv_usages: for each of these mixers that takes one.
-        data: mqar, text or classification.
-        data_options: of the data module, such as {num_pairs: 64}.
-        model_options: of the model, such as {dim: 64, depth: 2, learning_rate: 0.006}.
+        data: as of fit: mqar, text, classification, a file or folder of text, or the class path of a data module. Model
+            and data are those of `fit --data`, from the same recipe.
+        metric: what is compared: one of the model's metrics, such as accuracy, loss or bits_per_byte. Default: what the
+            data module's attribute `metric` names.
+        data_options: of the data module, in place of the recipe's, such as {num_pairs: 64}.
+        model_options: of the model, in place of the recipe's, such as {dim: 64, depth: 2, learning_rate: 0.006}.
         steps: training steps of every run.
         seeds: runs of every contestant; seed i draws the same data for all.
         learning_rates: trains every contestant at each of them; of each, the one that is best on the validation split
@@ -69,12 +73,11 @@ def compare(
 
     if redraw:
         return redraw_plots(Path(redraw))
-    settings = {
-        "data": data,
-        "data_options": (QUICK["data"] if quick and data == "mqar" else {}) | (data_options or {}),
-        "model_options": model_options or {},
-        "steps": QUICK["steps"] if quick and steps == 300 else steps,
-    }
+    from recipes.compare_run import settings_of
+
+    given = (QUICK["data"] if quick and data == "mqar" else {}) | (data_options or {})
+    settings = settings_of(data, data_options=given, model_options=model_options or {}, metric=metric)
+    settings["steps"] = QUICK["steps"] if quick and steps == 300 else steps
     if test_usages:
         settings["test_usages"] = [check_usage(usage) for usage in test_usages]
     if mixers:
@@ -87,7 +90,7 @@ def compare(
     cells = list(expand(contestants))
     seeds = QUICK["seeds"] if quick and seeds == 5 else seeds
     check(cells, settings)
-    cells = list(_at_each_rate(cells, learning_rates or [], settings))
+    cells = list(_at_each_rate(cells, learning_rates or [], model_options or {}))
 
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,10 +146,10 @@ def check(cells: list[dict[str, Any]], settings: dict[str, Any]) -> None:
 
 
 def _at_each_rate(
-    cells: list[dict[str, Any]], rates: list[float], settings: dict[str, Any]
+    cells: list[dict[str, Any]], rates: list[float], model_options: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """The contestants, each at every learning rate; as they are, if none is given."""
-    if rates and "learning_rate" in settings["model_options"]:
+    if rates and "learning_rate" in model_options:
         raise SpecError("give --learning_rates or --model_options.learning_rate, not both")
     for rate in rates:
         if not (math.isfinite(rate) and rate > 0):

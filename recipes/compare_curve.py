@@ -6,11 +6,11 @@ from typing import Any
 
 from lit_modules.budgets import build_budget
 from recipes.compare_plot import (
-    HIGHER_IS_BETTER,
     LEVEL,
     Line,
     band,
     choose,
+    higher_is_better,
     left_out,
     level,
     metric_name,
@@ -55,7 +55,8 @@ def draw_curves(by_label: dict[str, list[Row]], path: Path) -> None:
     curves = {label: points for label, runs in by_label.items() if (points := _points(runs))}
     if not curves:
         return
-    metric = next(iter(by_label.values()))[0]["metric"]
+    first = next(iter(by_label.values()))[0]
+    metric = first["metric"]
     every = [point for points in curves.values() for some in points.values() for point in some]
     weighed = all("kv_bytes" in point for point in every)
     lines = []
@@ -68,7 +69,7 @@ def draw_curves(by_label: dict[str, list[Row]], path: Path) -> None:
             x = mean(point["kv_bytes"] / 2**20 if weighed else point["kv_usage"] for point in some)
             points[x] = [point[metric] for point in some]
         lines.append(Line(label, "router", points))
-    shown = choose(lines, HIGHER_IS_BETTER[metric])
+    shown = choose(lines, higher_is_better(first))
     left = min(x for line in shown for x in line.x if x != LEVEL)
     figure, axes = new_axes()
     starts = []
@@ -90,7 +91,7 @@ def draw_curves(by_label: dict[str, list[Row]], path: Path) -> None:
     low, high = axes.get_ylim()
     missing = max(LEAST_SPAN * abs(high) - (high - low), 0)
     axes.set_ylim(low - missing / 2, high + missing / 2)
-    axes.set_ylabel(metric_name(metric))
+    axes.set_ylabel(metric_name(first))
     if weighed:
         axes.legend([line.name for line, _ in styled(shown)], fontsize=8.5, frameon=False)
     else:

@@ -10,7 +10,6 @@ from typing import Any
 from mixers.registry import MIXERS, parse_pattern
 
 CONTROLS = ("random", "recency", "static")
-HIGHER_IS_BETTER = {"accuracy": True, "bits_per_byte": False}
 MOST = 8
 COLOURS = ("#d1495b", "#30638e", "#00798c", "#c77d0a", "#6a4c93", "#5b8e4e", "#a05195", "#3d5a80")
 LEVEL = -1.0  # the x of what has no usage to set
@@ -38,12 +37,12 @@ class Line:
 def draw(by_label: dict[str, list[Row]], path: Path) -> None:
     """The metric against KV usage: a line a router, a level for what has no usage to set. Without a contestant at two
     usages there is nothing to see that the table does not say, and no picture."""
-    metric = next(iter(by_label.values()))[0]["metric"]
+    first = next(iter(by_label.values()))[0]
     lines = usage_lines(by_label)
     path.unlink(missing_ok=True)
     if all(len(line.points) < 2 for line in lines):
         return
-    shown = choose(lines, HIGHER_IS_BETTER[metric])
+    shown = choose(lines, higher_is_better(first))
     usages = sorted({x for line in shown for x in line.x} - {LEVEL})
     figure, axes = new_axes()
     starts, alone = [], []
@@ -61,7 +60,7 @@ def draw(by_label: dict[str, list[Row]], path: Path) -> None:
     axes.set_xlim(usages[0], axes.transData.inverted().transform((right, 0))[0])
     axes.yaxis.tick_right()
     axes.yaxis.set_label_position("right")
-    axes.set(xlabel="KV usage (stored tokens / tokens)", ylabel=metric_name(metric))
+    axes.set(xlabel="KV usage (stored tokens / tokens)", ylabel=metric_name(first))
     left_out(axes, shown, lines)
     name(axes, starts, "left")
     name(axes, alone, "right")
@@ -173,8 +172,13 @@ def usage_axis(axes: Any, usages: list[float]) -> None:
     axes.minorticks_off()
 
 
-def metric_name(metric: str) -> str:
-    return f"test {metric.replace('_', ' ')}" + ("" if HIGHER_IS_BETTER[metric] else " (lower is better)")
+def higher_is_better(row: Row) -> bool:
+    """Of a row's metric. Rows of older versions do not say; theirs is accuracy or bits per byte."""
+    return row.get("higher_is_better", row["metric"] == "accuracy")
+
+
+def metric_name(row: Row) -> str:
+    return f"test {row['metric'].replace('_', ' ')}" + ("" if higher_is_better(row) else " (lower is better)")
 
 
 def left_out(axes: Any, shown: list[Line], lines: list[Line]) -> None:

@@ -8,6 +8,8 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from typing import Any
 
+from recipes import plugins
+
 Run = dict[str, Any]
 _steps: Any = None  # of all runs together, in a worker
 
@@ -25,7 +27,8 @@ def train_all(runs: list[Run], jobs: int) -> Iterator[Run]:
     context = get_context("spawn")
     leash, held = context.Pipe(duplex=False)
     steps = context.Value("q", 0)
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(leash, steps))
+    begin = (leash, steps, list(plugins.NAMED))
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=begin)
     with tqdm(total=sum(run["steps"] for run in runs), unit="step") as bar:
         try:
             futures = {pool.submit(train, run): run for run in runs}
@@ -56,9 +59,10 @@ def count_step() -> None:
             _steps.value += 1
 
 
-def _begin(leash: Any, steps: Any) -> None:
+def _begin(leash: Any, steps: Any, named: list[str]) -> None:
     global _steps
     _steps = steps
+    plugins.take([f"--plugin={given}" for given in named])
     threading.Thread(target=_end_with_parent, args=(leash,), daemon=True).start()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from mixers.registry import SpecError
 from recipes.compare_curve import curve_table, draw_curves
-from recipes.compare_plot import CONTROLS, HIGHER_IS_BETTER, draw, draw_losses, router_of
+from recipes.compare_plot import CONTROLS, draw, draw_losses, higher_is_better, router_of
 from recipes.results import markdown_table, stamp, write_json
 
 Row = dict[str, Any]
@@ -73,7 +73,7 @@ def at_best_rate(rows: list[Row]) -> tuple[list[Row], dict[str, Any]]:
             chosen += runs
             continue
         metric = runs[0]["metric"]
-        sign = 1 if HIGHER_IS_BETTER[metric] else -1
+        sign = 1 if higher_is_better(runs[0]) else -1
         means = {rate: mean(run["validation"][metric] for run in some) for rate, some in by_rate.items()}
 
         def merit(rate: float, sign=sign, means=means, by_rate=by_rate) -> tuple[int, float]:
@@ -129,7 +129,7 @@ def paired(rows: list[Row]) -> str:
     Of several contestants of one control (static from the first or the last layer) the best on average is taken.
     """
     metric = rows[0]["metric"]
-    sign = 1 if HIGHER_IS_BETTER[metric] else -1
+    sign = 1 if higher_is_better(rows[0]) else -1
     cells: dict[tuple[str, float], dict[int, float]] = defaultdict(dict)
     for row in rows:
         options = row["options"]

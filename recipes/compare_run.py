@@ -12,21 +12,14 @@ import torch
 from kernels.dispatch import CHOSEN
 from lit_modules.base import SequenceModule, with_options
 from lit_modules.callbacks import CalibrateThresholds
-from lit_modules.data import DATA, MODELS
 from mixers.base import kv_cache_bytes, kv_stored_bytes, state_bytes
 from mixers.registry import SpecError, unknown
 from mixers.threshold import set_kv_usage, thresholds_of
 from recipes.compare_pool import count_step
+from recipes.flags import DATA_MODULES, Flags, is_path
 from recipes.results import commit
 
-METRIC = {"mqar": "accuracy", "classification": "accuracy", "text": "bits_per_byte"}
-MODEL_DEFAULTS = {
-    "mqar": {"dim": 64, "depth": 2, "mlp_ratio": 2.0, "tie_embeddings": False, "learning_rate": 6e-3},
-    "classification": {"dim": 64, "depth": 2},
-    "text": {"dim": 128, "depth": 2},
-}
 POINTS = 50  # of a learning curve
-DATA_DEFAULTS = {"text": {"batch_tokens": 2048, "seq_len": 256}}
 
 
 class Losses(pl.Callback):
@@ -49,24 +42,62 @@ class Losses(pl.Callback):
             self.recent = []
 
 
+def settings_of(
+    data: str, *, data_options: dict[str, Any], model_options: dict[str, Any], metric: str | None
+) -> dict[str, Any]:
+    """What `fit --data NAME` would train on and with, from the same recipe, and what is compared: the settings of a run
+    in full, as plain data, so that a row says how it came about.
+
+    Args:
+        data: as of fit: a name, a class path, or a file or folder of text.
+        data_options, model_options: in place of the recipe's.
+        metric: in place of the data module's own.
+
+    Raises:
+        SpecError: unknown data, or data without a metric.
+    """
+    if is_path(data):
+        data, data_options = "text", {"paths": [data]} | data_options
+    given = Flags(data=data)
+    data_class, recipe = DATA_MODULES.get(given.task()), given.recipe()
+    metric = metric or getattr(data_class, "metric", None)
+    if metric is None:
+        raise SpecError(f"data {data!r} has no attribute `metric` that says what to compare: give --metric")
+    defaults = {key: value for key, value in recipe["model"]["init_args"].items() if key != "mixer"}
+    return {
+        "data": given.task(),
+        "data_options": recipe.get("data", {}).get("init_args", {}) | data_options,
+        "model": given.model_class(),
+        "model_options": defaults | model_options,
+        "metric": metric,
+    }
+
+
 def build(run: dict[str, Any]) -> tuple[SequenceModule, pl.LightningDataModule]:
     """The model and the data of a run. Raises SpecError for a mistake in either."""
-    name = run["data"]
-    if name not in DATA:
-        raise unknown("data", name, DATA)
-    data_class = _load(DATA[name])
-    model_class = _load(MODELS[data_class.model])
     pl.seed_everything(run["seed"], verbose=False)
+    seed = {"seed": run["seed"]} if "seed" in DATA_MODULES.options(run["data"]) else {}
+    data = DATA_MODULES.build(run["data"], **seed | run["data_options"])
+    sizes = {key: getattr(data, key) for key in ("vocab_size", "num_classes") if hasattr(data, key)}
+    options, mixer_options = dict(run["model_options"]), dict(run["options"])
+    options |= {key: mixer_options.pop(key) for key in ("budget", "learning_rate") if key in mixer_options}
+    module, _, name = run["model"].rpartition(".")
+    model_class = getattr(importlib.import_module(module), name)
     try:
-        data = data_class(seed=run["seed"], **DATA_DEFAULTS.get(name, {}) | run["data_options"])
-        sizes = {key: getattr(data, key) for key in ("vocab_size", "num_classes") if hasattr(data, key)}
-        options = MODEL_DEFAULTS.get(name, {}) | run["model_options"]
-        mixer_options = dict(run["options"])
-        options |= {key: mixer_options.pop(key) for key in ("budget", "learning_rate") if key in mixer_options}
-        model = model_class(mixer=with_options(run["mixer"], **mixer_options), **sizes, **options)
+        model = model_class(mixer=with_options(run["mixer"], **mixer_options), **options | sizes)
     except TypeError as error:
         raise SpecError(str(error)) from error
+    higher_is_better(model, run["metric"])
     return model, data
+
+
+def higher_is_better(model: SequenceModule, metric: str) -> bool:
+    """The direction of a metric, as torchmetrics has it. Raises SpecError if the model has no such metric."""
+    if metric not in model.metrics:
+        raise unknown("metric", metric, model.metrics, of=f" of {type(model).__name__}")
+    if (direction := model.metrics[metric].higher_is_better) is None:
+        raise SpecError(f"metric {metric!r} does not say whether higher is better (torchmetrics' higher_is_better)")
+    return direction
 
 
 def train(run: dict[str, Any]) -> dict[str, Any]:
@@ -97,7 +128,7 @@ def train(run: dict[str, Any]) -> dict[str, Any]:
     split = {name: value for name, value in model.last_usage.items() if "head" in name}
     batch = next(iter(data.test_dataloader()))
     return run | {
-        "metric": METRIC[run["data"]],
+        "higher_is_better": higher_is_better(model, run["metric"]),
         **tested,
         **split,
         **validated,
@@ -146,8 +177,3 @@ def remembered(model: SequenceModule, batch: dict[str, torch.Tensor]) -> dict[st
     state = decoder(tokens, state=decoder.init_state(1)).state
     kv = {"kv_stored_bytes": kv_stored_bytes(state), "kv_bytes": kv_cache_bytes(state)}
     return {"tokens": tokens.shape[1], "state_bytes": state_bytes(state)} | kv
-
-
-def _load(path: str) -> Any:
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)

@@ -116,9 +116,20 @@ class Flags:
 
     def task(self) -> str:
         """What to train on: the name of a recipe if there is one for it, else a name or class path."""
-        named = self.classes.get("data")
         recipes = {path.replace(":", "."): name for name, path in DATA.items()}
-        return self.data or recipes.get(named, named if named and "." in named else DEFAULTS["data"])
+        named = self.classes.get("data", "")
+        task = self.data or (named if "." in named else DEFAULTS["data"])
+        return recipes.get(task.replace(":", "."), task)
+
+    def model_class(self) -> str:
+        """Class path of the model that the recipes, or a data module without one, say to train."""
+        recipe = self.recipe()["model"]["class_path"]
+        if "model" in self.classes or self.task() in data_recipes():
+            return recipe
+        model = getattr(DATA_MODULES.get(self.task()), "model", None)
+        if isinstance(model, str) and model not in MODELS:
+            raise unknown("model", model, MODELS, of=f" of data {self.task()!r}")
+        return MODELS[model].replace(":", ".") if isinstance(model, str) else recipe
 
     def names(self) -> list[str]:
         """Of --mixer, what its recipe, pattern or spec is made of: registered names, in order."""
@@ -140,7 +151,9 @@ class Flags:
         """The flags that follow the recipes; `with_mixer=False` leaves out --mixer and its recipe's part."""
         args: list[str] = []
         if self.task() not in data_recipes():
-            args += _data_args(self.task(), self.classes)
+            module = DATA_MODULES.get(self.task())
+            args += [] if "model" in self.classes else ["--model", self.model_class()]
+            args += ["--data", f"{module.__module__}.{module.__qualname__}"]
         if with_mixer and self.mixer and self.mixer not in recipes():
             args += ["--model.mixer", _spec(self.mixer), *self._depth_args()]
         return args + without_replaced(self.rest, self.classes)
@@ -180,7 +193,7 @@ def parse(args: list[str]) -> Flags:
             flags.rest += [RENAMED[flag], value]
         else:
             setattr(flags, flag.removeprefix("--"), value)
-    if flags.data and flags.data not in DATA_MODULES.names() and is_path(flags.data):
+    if flags.data and is_path(flags.data):
         flags.data, flags.rest = "text", ["--data.paths", json.dumps([flags.data]), *flags.rest]
     if flags.mixer:
         for name in flags.names():
@@ -224,16 +237,8 @@ def _check_mixer(name: str) -> None:
 
 
 def is_path(data: str) -> bool:
-    """Whether a value of --data that is no name means a file or folder."""
-    return os.sep in data or Path(data).exists()
-
-
-def _data_args(data: str, classes: dict[str, str]) -> list[str]:
-    """Flags for a data module that has no recipe, and for the model that it says it fits."""
-    module = DATA_MODULES.get(data)
-    model = MODELS.get(getattr(module, "model", None))
-    args = ["--data", f"{module.__module__}.{module.__qualname__}"]
-    return ["--model", model.replace(":", "."), *args] if model and "model" not in classes else args
+    """Whether a value of --data means a file or folder of text."""
+    return data not in DATA_MODULES.names() and (os.sep in data or Path(data).exists())
 
 
 def help_text(command: str) -> str:

@@ -30,6 +30,7 @@ class ClassificationData(GeneratedData):
     """
 
     model = "sequence_classifier"
+    metric = "accuracy"
 
     def __init__(self, *, num_classes: int = 4, num_noise: int = 16, seq_len: int = 64, **options: Any):
         super().__init__(**options)

@@ -83,6 +83,7 @@ class MQARData(GeneratedData):
     """
 
     model = "language_model"
+    metric = "accuracy"
 
     def __init__(
         self,

@@ -83,6 +83,7 @@ class TextData(pl.LightningDataModule):
     """
 
     model = "language_model"
+    metric = "bits_per_byte"
     vocab_size = 256
 
     def __init__(

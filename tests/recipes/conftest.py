@@ -1,7 +1,6 @@
 """Runs the command line in this process: starting another one costs ten seconds of imports."""
 
 import random
-import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -57,12 +56,10 @@ def run(capsys):
 
     def _run(line: str) -> Result:
         capsys.readouterr()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # as Python does for its users
-            try:
-                code = main(line.split())
-            except SystemExit as exit:
-                code = exit.code or 0
+        try:
+            code = main(line.split())
+        except SystemExit as exit:
+            code = exit.code or 0
         captured = capsys.readouterr()
         return Result(code, captured.out, captured.err)
 

@@ -9,24 +9,16 @@ from mixers.registry import SpecError
 from recipes import compare as module
 from recipes.compare import compare, describe, expand
 from recipes.compare_report import at_best_rate, paired, table
-from recipes.compare_run import train
+from recipes.compare_run import settings_of, train
 
 TINY = {"num_pairs": 4, "num_keys": 8, "num_values": 8, "num_test": 32, "curriculum": None}
 MODEL = {"dim": 16, "mlp_ratio": 1.0}
 
 
 def tiny_run(mixer, seed=0, **options):
-    return {
-        "label": describe(mixer, options),
-        "mixer": mixer,
-        "options": options,
-        "data": "mqar",
-        "data_options": TINY,
-        "model_options": MODEL,
-        "steps": 3,
-        "seed": seed,
-        "key": "k",
-    }
+    settings = settings_of("mqar", data_options=TINY, model_options=MODEL, metric=None)
+    cell = {"label": describe(mixer, options), "mixer": mixer, "options": options}
+    return cell | settings | {"steps": 3, "seed": seed, "key": "k"}
 
 
 def row(label, seed, accuracy, **options):

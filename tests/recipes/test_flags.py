@@ -44,17 +44,18 @@ def test_a_lone_name_becomes_a_mapping_that_options_can_be_added_to():
     assert parse(["--router", spec]).args()[1] == spec
 
 
-def test_data_by_class_path_brings_its_model():
-    given = parse(["--data", "lit_modules.data.classification.ClassificationData"])
+def test_data_by_class_path_brings_its_recipe_or_its_model(tmp_path, monkeypatch):
+    assert parse(["--data", "lit_modules.data.mqar:MQARData"]).files() == parse(["--data", "mqar"]).files()
+    (tmp_path / "own_classes.py").write_text(
+        "from lit_modules.data.classification import ClassificationData\n\nclass Own(ClassificationData):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    given = parse(["--data", "own_classes.Own"])
     assert [path.name for path in given.files()] == ["base.yaml", "ham.yaml"]
-    assert given.args() == [
-        "--model",
-        "lit_modules.sequence_classifier.SequenceClassifier",
-        "--data",
-        "lit_modules.data.classification.ClassificationData",
-    ]
-    given = parse(["--data", "lit_modules.data.classification:ClassificationData", "--model", "Mine"])
-    assert given.args() == ["--data", "lit_modules.data.classification.ClassificationData", "--model", "Mine"]
+    model = "lit_modules.sequence_classifier.SequenceClassifier"
+    assert given.args() == ["--model", model, "--data", "own_classes.Own"]
+    given = parse(["--data", "own_classes:Own", "--model", "lit_modules.language_model.LanguageModel"])
+    assert given.args() == ["--data", "own_classes.Own", "--model", "lit_modules.language_model.LanguageModel"]
 
 
 def test_data_that_is_a_path_is_text(tmp_path, monkeypatch):

@@ -1,0 +1,104 @@
+"""A comparison trains on whatever fit trains on, the same models on the same data."""
+
+import json
+
+import pytest
+import yaml
+
+from mixers import SpecError
+from recipes.compare_run import build, settings_of
+from recipes.flags import DATA_MODULES, data_recipes
+
+CLASSES = """
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader
+
+
+class Counting(pl.LightningDataModule):
+    model = "language_model"
+    vocab_size = 7
+
+    def __init__(self, length: int = 12):
+        super().__init__()
+        self.length = length
+
+    def train_dataloader(self):
+        tokens = torch.arange(self.length + 1)[None] % 7
+        return DataLoader([{"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}] * 4, batch_size=None)
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+class Named(Counting):
+    metric = "perplexity"
+
+
+class Strange(Counting):
+    model = "languag_model"
+"""
+
+
+@pytest.fixture
+def own(here, monkeypatch):
+    (here / "own_tasks.py").write_text(CLASSES)
+    monkeypatch.syspath_prepend(here)
+    monkeypatch.setenv("PYTHONPATH", str(here))  # of the workers
+
+
+def settings(data, metric=None, data_options=None, **model_options):
+    return settings_of(data, data_options=data_options or {}, model_options=model_options, metric=metric)
+
+
+def built(data, **options):
+    return build(settings(data, **options) | {"mixer": "gdn", "options": {}, "seed": 0})
+
+
+@pytest.mark.parametrize("data", [*data_recipes(), "own_tasks.Named", "texts"])
+def test_the_models_are_those_of_fit(run, own, texts, data):
+    data = str(texts) if data == "texts" else data
+    printed = yaml.safe_load(run(f"fit --data {data} --mixer gdn --print_config").out)
+    model, module = built(data)
+    assert f"{type(model).__module__}.{type(model).__name__}" == printed["model"]["class_path"]
+    theirs = {k: v for k, v in printed["model"]["init_args"].items() if k not in ("mixer", "vocab_size", "num_classes")}
+    ours = {key: model.hparams[key] for key in theirs}
+    assert json.loads(json.dumps(ours)) == theirs
+    name = settings(data)["data"]
+    assert f"{type(module).__module__}.{type(module).__name__}" == printed["data"]["class_path"]
+    given = {"seed": 0} if "seed" in DATA_MODULES.options(name) else {}
+    defaults = {key: option.default for key, option in DATA_MODULES.options(name).items()}
+    assert defaults | given | settings(data)["data_options"] == printed["data"]["init_args"]
+
+
+def test_data_of_ones_own(run, own, here):
+    line = "compare --data own_tasks.Counting --metric accuracy --mixers [gdn] --steps 2 --seeds 1 --jobs 1 --out out"
+    result = run(f"{line} --model_options.dim 16 --model_options.depth 1 --data_options.length 6")
+    assert result.code == 0, result.err
+    row = json.loads((here / "out/results.json").read_text())["runs"][0]
+    assert row["metric"] == "accuracy" and row["higher_is_better"] is True and row["tokens"] == 6
+    assert "accuracy [min, max]" in (here / "out/table.md").read_text()
+
+
+def test_metrics(own):
+    assert (
+        settings("own_tasks.Named")["metric"] == "perplexity"
+        and settings("own_tasks.Named", "loss")["metric"] == "loss"
+    )
+    for data, metric, message in (
+        ("own_tasks.Counting", None, "no attribute `metric` .* give --metric"),
+        ("own_tasks.Named", "acuracy", "unknown metric 'acuracy' of LanguageModel; known: .* Did you mean 'accuracy'"),
+        ("own_tasks.Named", "bits_per_byte", "unknown metric 'bits_per_byte'"),
+        ("own_tasks.Strange", "loss", "unknown model 'languag_model' of data 'own_tasks.Strange'"),
+        ("own_tasks.Missing", "loss", "unknown class 'Missing'"),
+        ("no/such/folder", None, "no/such/folder' cannot be read"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            built(data, metric=metric)
+
+
+def test_a_registered_plug_in_reaches_the_workers(run, here):
+    registered = CLASSES.replace("class Named", "@DATA_MODULES.register('counting')\nclass Named")
+    (here / "my_counting.py").write_text("from recipes.flags import DATA_MODULES\n" + registered)
+    line = "compare --plugin ./my_counting.py --data counting --mixers [gdn] --steps 1 --seeds 1 --jobs 1 --out out"
+    result = run(f"{line} --model_options.dim 16 --model_options.depth 1")
+    assert result.code == 0 and "perplexity" in result.out, result.err
