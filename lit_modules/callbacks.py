@@ -15,6 +15,7 @@ from lit_modules.data.stream import longest_document
 from lit_modules.generation import generate
 from mixers.allocation import allocate, sharing
 from mixers.calibration import calibrate
+from mixers.registry import SpecError
 from mixers.threshold import thresholds_of
 
 say = rank_zero_only(print)
@@ -144,14 +145,19 @@ class SampleText(pl.Callback):
         prompt = torch.tensor([list(self.prompt.encode())]) if self.prompt else self._from_validation(trainer)
         training = pl_module.training
         pl_module.eval()
-        tokens = generate(
-            pl_module.decoder,
-            prompt.to(pl_module.device),
-            num_tokens=self.num_tokens,
-            temperature=self.temperature,
-            seed=self.seed,
-        )[0]
-        pl_module.train(training)
+        try:
+            tokens = generate(
+                pl_module.decoder,
+                prompt.to(pl_module.device),
+                num_tokens=self.num_tokens,
+                temperature=self.temperature,
+                seed=self.seed,
+            )[0]
+        except SpecError as error:
+            say(f"\nno sample: {error}")
+            return
+        finally:
+            pl_module.train(training)
         prompted, written = decode(tokens[: prompt.shape[1]]), decode(tokens[prompt.shape[1] :])
         say(f"\nsample, temperature {self.temperature}; the model goes on from |:\n{_indent(f'{prompted}|{written}')}")
 

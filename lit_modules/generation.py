@@ -27,7 +27,8 @@ class Continuation:
         progress: called with the tokens read so far and those to read.
 
     Raises:
-        SpecError: an empty prompt, an option out of its range, or, at any time, more keys and values than allowed.
+        SpecError: an empty prompt, an option out of its range, a mixer without states, or, at any time, more keys and
+            values than allowed.
     """
 
     def __init__(
@@ -53,7 +54,10 @@ class Continuation:
         self.max_kv_bytes, self.tokens_read = max_kv_bytes, 0
         device = decoder.embedding.weight.device
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.state = decoder.init_state(len(prompts), device=device)
+        try:
+            self.state = decoder.init_state(len(prompts), device=device)
+        except NotImplementedError as error:
+            raise SpecError(f"nothing can be written without states: {error}") from error
         self._last = self._read([prompt.to(device) for prompt in prompts], prefill, progress)
 
     def __iter__(self) -> Iterator[Tensor]:

@@ -72,6 +72,9 @@ class Attention(Mixer):
             conv = torch.zeros(batch_size, self.conv.taps - 1, self.qkv.out_features, **like)
         return MixerState(torch.zeros(batch_size, dtype=torch.long, device=like["device"]), conv=conv, kv=cache)
 
+    def full_kv_bytes(self) -> int:
+        return 2 * self.num_kv_heads * self.head_dim * self.out.weight.element_size()
+
     def projections(self) -> dict[str, Tensor]:
         parts = self.qkv.weight.split([heads * self.head_dim for heads in self.heads])
         return dict(zip("qkv", parts, strict=True)) | {"o": self.out.weight}

@@ -68,6 +68,9 @@ class GatedDeltaNet(Mixer):
         recurrent, conv = self.memory.init_state(batch_size, device, dtype)
         return MixerState(torch.zeros(batch_size, dtype=torch.long, device=recurrent.device), recurrent, conv)
 
+    def full_kv_bytes(self) -> int:
+        return self.memory.num_states * (self.memory.head_dim + self.memory.value_dim) * self.out.weight.element_size()
+
     def projections(self) -> dict[str, Tensor]:
         return dict(zip("qkv", self.memory.qkv.weight.split(self.memory.widths), strict=True)) | {"o": self.out.weight}
 

@@ -32,6 +32,7 @@ def bench(
     rounds: int = 20,
     minutes: float = 4.0,
     seed: int = 0,
+    redraw: str | None = None,
     out: str = "runs/bench",
 ) -> None:
     """Times contestants side by side: in every round each runs once, in a new order, so that a slow moment hits all.
@@ -57,9 +58,13 @@ def bench(
         rounds: samples of every row, if the time allows.
         minutes: limit for the whole run; what does not fit is left out and said so.
         seed: of the inputs and of the order in which contestants run.
+        redraw: a folder with the results.json of a benchmark: writes its table and plots anew, and measures nothing.
         out: folder for results.json, table.md and the plots.
     """
-    from recipes.bench_report import report
+    from recipes.bench_report import redraw_all, report
+
+    if redraw:
+        return redraw_all(Path(redraw))
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     cuda = device == "cuda"

@@ -1,14 +1,25 @@
 """The table, the plots and the JSON of a benchmark."""
 
+import json
 from collections import defaultdict
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from mixers.registry import SpecError
 from recipes.cost_model import Cost, Machine
 from recipes.results import markdown_table, stamp, write_json
 
 Row = dict[str, Any]
+PEAK = (
+    "Peak MiB is the most that one step holds beyond what was there before it. Weights, inputs and, in decoding, the"
+    " cache (KV MiB) and the states (state MiB) are not in it."
+)
+TRAINING = (
+    "In training on a CPU the recurrent memory of gdn and ham keeps more for its backward pass than attention does: the"
+    " short convolution's input, sum and output (each as large as q, k and v together), the chunks of the delta rule,"
+    " gates and norms; ham also keeps attention's masks, a float32 for every query and stored key."
+)
 SHARED = ("group", "phase", "dtype", "batch", "length", "heads", "head_dim", "device")
 
 
@@ -17,14 +28,33 @@ def report(rows: list[Row], settings: dict[str, Any], peaks: dict[str, dict[str,
     reaches in a plain product and a plain copy, for each dtype."""
     summarise(rows)
     add_roofline(rows, peaks)
-    text = "\n\n".join(_table(case, some) for case, some in _by_case(rows).items())
     stamped = stamp()  # before the repository is dirty with these files
+    text = _write(rows, folder)
+    write_json(folder / "results.json", stamped | {"settings": settings, "peaks": peaks, "rows": rows})
+    print(f"\n{text}\n\nwritten to {folder}/")
+
+
+def redraw_all(folder: Path) -> None:
+    """Writes the table and the plots of a results.json that is there; the figures stay as they are."""
+    path = folder / "results.json"
+    try:
+        _write(json.loads(path.read_text())["rows"], folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SpecError(f"{path} holds no benchmark: {type(error).__name__}: {error}") from error
+
+
+def _write(rows: list[Row], folder: Path) -> str:
+    """The table, and below it what its memory means."""
+    text = "\n\n".join(_table(case, some) for case, some in _by_case(rows).items())
+    notes = [PEAK]
+    if any((row["group"], row["phase"], row["device"]) == ("mixers", "train", "cpu") for row in rows):
+        notes.append(TRAINING)
+    text += "\n\n" + "\n".join(notes)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(text + "\n")
-    write_json(folder / "results.json", stamped | {"settings": settings, "peaks": peaks, "rows": rows})
     for group in dict.fromkeys(row["group"] for row in rows):
         draw([row for row in rows if row["group"] == group], folder / f"{group}.png")
-    print(f"\n{text}\n\nwritten to {folder}/")
+    return text
 
 
 def summarise(rows: list[Row]) -> None:
@@ -113,7 +143,8 @@ def _line(row: Row, held: bool) -> list[str]:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Time and peak memory against T, a panel a phase; bars where there is one length only."""
+    """Time and memory against T, a line of panels a phase; bars where there is one length only. The memory is the peak
+    of a step or, in decoding, what is held from step to step."""
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if "median" in row]
@@ -126,7 +157,11 @@ def draw(rows: list[Row], path: Path) -> None:
     panels = figure.subplots(len(phases), 2, squeeze=False)
     for (phase, dtype), line in zip(phases, panels, strict=True):
         some = [row for row in rows if (row["phase"], row["dtype"]) == (phase, dtype)]
-        for axes, key, unit, label in ((line[0], "median", 1e3, "ms"), (line[1], "peak_bytes", 2**-20, "peak MiB")):
+        memory = (line[1], "peak_bytes", 2**-20, "peak MiB beside the weights")
+        if phase == "decode":
+            some = [row | {"held_bytes": row["kv_bytes"] + row["state_bytes"]} for row in some]
+            memory = (line[1], "held_bytes", 2**-20, "MiB held: keys, values, states")
+        for axes, key, unit, label in ((line[0], "median", 1e3, "ms"), memory):
             _panel(axes, [row for row in some if key in row], key, unit, colour)
             axes.set_title(f"{some[0]['group']}, {phase}, {dtype}: {label}", fontsize=10, loc="left")
             axes.spines[["top", "right"]].set_visible(False)

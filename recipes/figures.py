@@ -1,13 +1,15 @@
-"""What HAM keeps of a text, drawn from a checkpoint."""
+"""What a model keeps, drawn from a checkpoint: of a text, or of facts."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from mixers.base import Routing
+from kernels.dispatch import CHOSEN
 from mixers.registry import SpecError
-from mixers.threshold import set_kv_usage
+from mixers.threshold import set_kv_usage, thresholds_of
+from recipes import figure_recall
 from recipes.results import stamp, write_json
 
 COLUMNS = 88
@@ -19,44 +21,63 @@ def figures(
     text: str = "",
     tokens: int = 1056,
     kv_usages: list[float] | None = None,
-    out: str = "docs/ham.png",
+    out: str = "",
 ) -> None:
-    """Draws a text, shaded where the model stores it, and below how the KV cache grows along it.
+    """Draws what a model keeps. Of a byte-level one: a text, shaded where it is stored, and how the KV cache grows
+    along it. Of one that was trained on recall (mqar): facts that are told, told again and changed.
 
     Args:
-        ckpt_path: checkpoint of a byte-level language model with a router.
+        ckpt_path: checkpoint of a model with a router.
         text: file to read; default: a module of the standard library, of which the test split may hold no part.
         tokens: bytes of it to show.
         kv_usages: usages to draw the growth of the cache at; the shading is at the model's own.
-        out: PNG to write; the figures go into a JSON file of the same name.
+        out: PNG to write; the figures go into a JSON file of the same name. Default: runs/figures/<run>.png.
     """
-    from lit_modules.language_model import LanguageModel
-    from recipes.checkpoints import read
+    from lit_modules.data.mqar import MQARData
+    from lit_modules.language_model import BYTES, LanguageModel
+    from recipes.checkpoints import find, read
 
-    path = Path(text or textwrap_path())
-    if not path.is_file() or not Path(ckpt_path).is_file():
-        raise SpecError(f"no such file: {path if Path(ckpt_path).is_file() else ckpt_path}")
-    model = read(Path(ckpt_path)).load(LanguageModel).eval()
-    content = path.read_bytes()[:tokens]
-    usages = kv_usages or [0.5, 0.25, 0.1]
-    own = _routing(model.decoder, content)
-    if not own:
+    saved = read(find(ckpt_path, root=Path("runs"), name="*"))
+    model = saved.load(LanguageModel).eval()
+    recall = saved.build_data() if saved.data == f"{MQARData.__module__}.{MQARData.__name__}" else None
+    path = Path(out or f"runs/figures/{saved.folder.name}.png")
+    if model.hparams["vocab_size"] != BYTES and not recall:
+        raise SpecError(f"{ckpt_path}: the model reads neither bytes nor the facts of mqar")
+    if next(thresholds_of(model), None) is None:
         raise SpecError(f"{ckpt_path}: the model has no router, so there is nothing to draw")
+    if recall and (text or kv_usages):
+        raise SpecError(f"{ckpt_path} was trained on recall: --text and --kv_usages are for models that read bytes")
+    content = Path(text or textwrap_path())
+    if not content.is_file():
+        raise SpecError(f"no such file: {content}")
+    stamped = stamp()  # before the repository is dirty with these files
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if recall:
+        shown = figure_recall.figure(model.decoder, recall.num_keys, recall.num_values, path)
+        said = ", ".join(f"{part} {share:.1%}" for part, share in shown["kept"].items())
+    else:
+        shown = _of_text(model, content, tokens, kv_usages or [0.5, 0.25, 0.1], path)
+        said = f"{content.name}: {shown['kv_usage']:.1%}"
+    asked = {"asked": next(thresholds_of(model)).kv_usage}
+    ran = {"backends": dict(CHOSEN)}
+    hparams = json.loads(json.dumps(dict(model.hparams), default=str))
+    write_json(path.with_suffix(".json"), stamped | ran | {"model": hparams} | asked | shown)
+    print(f"kept of all keys and values: {said}; written to {path}")
+
+
+def _of_text(model, file: Path, tokens: int, usages: list[float], path: Path) -> dict[str, Any]:
+    """Draws a text; returns what is shown as plain numbers."""
+    content = file.read_bytes()[:tokens]
+    asked = next(thresholds_of(model)).kv_usage
+    stored = _stored(model.decoder, content)  # (T, heads of all layers)
     growth = {}
     for usage in usages:
         set_kv_usage(model, usage)
-        growth[usage] = (
-            torch.cat([r.stored[0].float() for r in _routing(model.decoder, content)], -1).mean(-1).cumsum(0)
-        )
-    stored = torch.cat([r.stored[0].float() for r in own], -1)  # (T, heads of all layers)
-    stamped = stamp()  # before the repository is dirty with these files
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    _draw(content, stored, growth, Path(out))
-    figures = {"kv_usage": float(stored.mean()), "kept_per_token": stored.mean(-1).tolist()}
-    figures["kept_at_the_end"] = {str(usage): float(kept[-1]) for usage, kept in growth.items()}
-    hparams = json.loads(json.dumps(dict(model.hparams), default=str))
-    write_json(Path(out).with_suffix(".json"), stamped | {"text": path.name, "model": hparams} | figures)
-    print(f"{path.name}: {stored.mean():.1%} of all keys and values kept; written to {out}")
+        growth[usage] = _stored(model.decoder, content).mean(-1).cumsum(0)
+    set_kv_usage(model, asked)
+    _draw(content, stored, growth, asked, path)
+    shown = {"text": file.name, "kv_usage": float(stored.mean()), "kept_per_token": stored.mean(-1).tolist()}
+    return shown | {"kept_at_the_end": {str(usage): float(kept[-1]) for usage, kept in growth.items()}}
 
 
 def textwrap_path() -> str:
@@ -67,11 +88,13 @@ def textwrap_path() -> str:
 
 
 @torch.no_grad()
-def _routing(decoder, content: bytes) -> list[Routing]:
-    return [r for r in decoder(torch.tensor([list(content)])).routing if r is not None]
+def _stored(decoder, content: bytes) -> torch.Tensor:
+    """(T, heads of all layers) float: 1 where a head stores a byte."""
+    out = decoder(torch.tensor([list(content)]))
+    return torch.cat([r.stored[0].float() for r in out.routing if r is not None], -1)
 
 
-def _draw(content: bytes, stored: torch.Tensor, growth: dict[float, torch.Tensor], path: Path) -> None:
+def _draw(content: bytes, stored: torch.Tensor, growth: dict[float, torch.Tensor], asked: float, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
@@ -87,8 +110,8 @@ def _draw(content: bytes, stored: torch.Tensor, growth: dict[float, torch.Tensor
     page.set(xlim=(0, COLUMNS), ylim=(lines, 0))
     page.axis("off")
     page.set_title(
-        f"What HAM keeps: the redder a byte, the more of the {stored.shape[1]} heads store its key and value "
-        f"({share.mean():.0%} in all)",
+        f"The redder a byte, the more of the {stored.shape[1]} heads store its key and value: {share.mean():.0%} of "
+        f"this text ({asked:.0%} were asked for, on the text it was trained on)",
         fontsize=9,
         loc="left",
     )

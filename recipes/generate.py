@@ -107,18 +107,12 @@ def _read(path: str) -> bytes:
 
 
 def _report(model, written, prompt: int, read: float, new: int, seconds: float) -> None:
-    whole = 0
-    for block in model.decoder.blocks:
-        mixer = block.mixer
-        if hasattr(mixer, "memory"):
-            whole += mixer.memory.num_states * (mixer.memory.head_dim + mixer.memory.value_dim)
-        else:
-            whole += 2 * mixer.num_kv_heads * mixer.head_dim
-    whole *= 4 * (prompt + new)
+    tokens, of_all = [block.mixer.full_kv_bytes() for block in model.decoder.blocks], ""
+    if None not in tokens and sum(tokens):  # each mixer says what a token would take
+        of_all = f" ({written.kv_cache_bytes / (sum(tokens) * (prompt + new)):.1%} of all of them)"
     lines = [
         f"read {prompt:,} bytes in {read:.2f} s ({prompt / read:,.0f}/s), "
         f"wrote {new:,} in {seconds:.2f} s ({new / seconds:,.0f}/s)",
-        f"holds {written.kv_cache_bytes:,} bytes of keys and values ({written.kv_cache_bytes / whole:.1%} of all of "
-        f"them) and {written.state_bytes:,} of states",
+        f"holds {written.kv_cache_bytes:,} bytes of keys and values{of_all} and {written.state_bytes:,} of states",
     ]
     print("\n".join(lines), file=sys.stderr)

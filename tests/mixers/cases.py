@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from mixers import build_mixer, list_mixers, list_routers, set_kv_usage
 from mixers.bounded_cache import BoundedCache
 from mixers.ham import HAM
+from mixers.registry import MIXERS
 from mixers.threshold import Fixed
 
 DIM = 12
@@ -30,7 +31,7 @@ HAMS = {
     "ham learned threshold": {"threshold": "learned", "scope": "head"},
 }
 CASES = {
-    **{name: {"name": name, **SMALL} for name in list_mixers()},
+    **{name: {"name": name} | {k: v for k, v in SMALL.items() if k in MIXERS.options(name)} for name in list_mixers()},
     **{case: {"name": "ham", **SMALL, **options} for case, options in HAMS.items()},
     "gdn grouped": {"name": "gdn", **SMALL, "num_value_heads": 4, "value_dim": 3, "conv_size": 2},
     "attention window": {"name": "attention", **SMALL, "window": 4},

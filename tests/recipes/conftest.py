@@ -1,6 +1,7 @@
 """Runs the command line in this process: starting another one costs ten seconds of imports."""
 
 import random
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -56,10 +57,12 @@ def run(capsys):
 
     def _run(line: str) -> Result:
         capsys.readouterr()
-        try:
-            code = main(line.split())
-        except SystemExit as exit:
-            code = exit.code or 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # as Python does for its users
+            try:
+                code = main(line.split())
+            except SystemExit as exit:
+                code = exit.code or 0
         captured = capsys.readouterr()
         return Result(code, captured.out, captured.err)
 

@@ -191,3 +191,18 @@ def test_mistakes(run, here, flags, parts):
     assert error.code == 2 and lines[-1].startswith("error: "), error
     assert [part for part in parts if part not in lines[-1]] == []
     assert not (here / "runs").exists()
+
+
+def test_table_and_plots_are_written_anew_and_say_what_the_memory_leaves_out(run, fake, tmp_path):
+    fake({"a": lambda case: torch.zeros(3).sum})
+    line = f"bench {SMALL} --groups [mixers] --phases [train] --lengths [64] --out {tmp_path}"
+    assert run(line).code == 0
+    table, figures = (tmp_path / "table.md").read_text(), (tmp_path / "results.json").read_bytes()
+    assert "Weights, inputs and, in decoding, the cache" in table and "backward pass" in table
+    for name in ("table.md", "mixers.png"):
+        (tmp_path / name).unlink()
+    assert run(f"bench --redraw {tmp_path}").code == 0
+    assert (tmp_path / "table.md").read_text() == table and (tmp_path / "mixers.png").exists()
+    assert (tmp_path / "results.json").read_bytes() == figures
+    (tmp_path / "results.json").write_text('{"runs": []}')
+    assert "holds no benchmark" in run(f"bench --redraw {tmp_path}").error
