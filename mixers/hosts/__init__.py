@@ -143,8 +143,10 @@ def four_projections(module: nn.Module) -> Host | None:
             return None  # by these names, what is not causal may be attention to another sequence, as in BART
     if layers is None or heads is None:
         return None
-    q, k, _, _ = layers
+    q, k, v, o = layers
     head_dim = q.out_features // heads
+    if o.in_features != q.out_features or v.out_features != k.out_features or k.out_features % head_dim:
+        return None  # more is in these weights than queries, keys and values, such as a gate
     return Host(
         q.in_features,
         heads,

@@ -11,6 +11,7 @@ from kernels.sequences import check_cu_seqlens, documents_in
 HIDDEN = -1e4  # an additive mask at or below this hides; hosts write -inf, the least of their dtype, or this
 
 
+@torch.compiler.disable  # what is done depends on values, so a compiled graph breaks here, once
 def read_mask(mask: Any, x: Tensor, causal: bool) -> tuple[Tensor | None, Tensor | None]:
     """What a mask, as models hand it to attention, says of x (B, T, D).
 
@@ -71,6 +72,7 @@ def read_mask(mask: Any, x: Tensor, causal: bool) -> tuple[Tensor | None, Tensor
     return (None if real.all() else real), begins
 
 
+@torch.compiler.disable
 def beginnings(x: Tensor, real: Tensor | None, begins: Tensor | None = None, **told: Tensor | None) -> Tensor | None:
     """Where documents packed in the rows of x (B, T, D) begin, the first of a row left out; (B, T) bool, or None.
 

@@ -40,7 +40,7 @@ class Wrapper(nn.Module):
         self.mixer = mixer
         self.was = type(module).__name__
         self.arguments = arguments_of(module)
-        self.layer_idx = getattr(module, "layer_idx", None)
+        self.layer_idx = getattr(module, "layer_idx", getattr(module, "layer_id", None))
         self.routing: Routing | None = None
         self.aux_loss: Tensor | None = None
 

@@ -60,6 +60,19 @@ def test_attention_with_the_carried_weights_is_the_same_function(own):
     assert_close(model(x), theirs(x), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("own", "part"), [("separate", "q_proj"), ("separate", "v_proj"), ("litgpt", "qkv"), ("nanogpt", "c_attn")]
+)
+def test_weights_that_hold_more_than_heads_are_not_misread(own, part):
+    """A gate beside the queries, wider values, or one head that has a half."""
+    model = made(own)
+    for block in model.blocks:
+        layer = getattr(block["attn"], part)
+        setattr(block["attn"], part, nn.Linear(16, layer.out_features + 8))
+    with pytest.raises(SpecError, match=r"no adapter knows \w+ \(blocks.0.attn: .*\); tell mixers.hosts.register_host"):
+        swap_mixers(model, "gdn", where="*.attn", causal=True)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @torch.no_grad()
 def test_masks_are_obeyed_or_refused(causal):
