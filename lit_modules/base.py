@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lit_modules.budgets import build_budget
+from lit_modules.finite import gradient_norm, origin
 from lit_modules.metrics import KVUsage
 from mixers.backbone import Decoder, DecoderOutput
 from mixers.registry import MIXERS, SpecError, parse_pattern
@@ -127,11 +128,18 @@ class SequenceModule(pl.LightningModule):
         self.metrics: MetricCollection  # a subclass's own, of an evaluation
         self.usage = KVUsage()
         self.last_usage: dict[str, float] = {}
+        self.last_batch: dict[str, Tensor] = {}  # of training
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean loss of a batch in nats, float32 scalar."""
+        raise NotImplementedError
 
     def decode(self, batch: dict[str, Tensor]) -> DecoderOutput:
         """Runs the decoder on a batch, with its packing or padding; in training, with the budget's usages."""
         tokens, cu_seqlens = batch["tokens"], batch.get("cu_seqlens")
         budgets: AbstractContextManager = nullcontext()
+        if self.decoder.training:
+            self.last_batch = batch
         if self.budget and self.decoder.training:
             count = len(tokens) if cu_seqlens is None else len(cu_seqlens) - 1
             usages = self.budget.draw(count, rank=self.global_rank).to(tokens.device)
@@ -184,6 +192,37 @@ class SequenceModule(pl.LightningModule):
         """Ends the step of the KV thresholds, so that a checkpoint holds all they have seen."""
         for threshold in thresholds_of(self.decoder):
             threshold.close_step()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Logs the norm of the gradients, and stops the run if it is not finite, before the weights are touched.
+
+        The norm is read in every step: a GPU has nothing to do while the optimizer's step is launched.
+
+        Raises:
+            SpecError: the norm is NaN or inf, and no scaler of the loss is there to skip the step and go on.
+        """
+        norm = gradient_norm(self.parameters())
+        self.log("trainer/gradient_norm", norm)
+        if not norm.isfinite():
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            if scaler is None or scaler.get_scale() <= 1:
+                raise SpecError(self._diverged())
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def _diverged(self) -> str:
+        with self.trainer.precision_plugin.forward_context():
+            what = origin(self, self.loss, self.last_batch)
+        saved = getattr(self.trainer.checkpoint_callback, "last_model_path", "")
+        kept = f"the last checkpoint is {saved}" if saved else "no checkpoint was saved before"
+        return (
+            f"training diverged in step {self.trainer.global_step + 1}: {what} is not finite; {kept};"
+            f" try a learning_rate below {self.hparams.learning_rate:g}"
+        )
 
     # Evaluation
 

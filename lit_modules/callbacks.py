@@ -71,10 +71,16 @@ class CalibrateThresholds(pl.Callback):
 
     def __init__(self, *, batches: int = 16) -> None:
         self.batches = batches
-        self.done = False
+        self.allocated = self.done = False  # with the weights as they are
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.done = False
+    def state_dict(self) -> dict[str, bool]:
+        return {"allocated": self.allocated, "done": self.done}
+
+    def load_state_dict(self, state: dict[str, bool]) -> None:
+        self.allocated, self.done = state["allocated"], state["done"]
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.allocated = self.done = False
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if 0 < trainer.max_steps <= trainer.global_step:
@@ -83,7 +89,6 @@ class CalibrateThresholds(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.done or next(thresholds_of(pl_module), None) is None:
             return
-        self.done = True
         data = getattr(trainer, "datamodule", None)
         loader = trainer.train_dataloader if data is None else data.train_dataloader()
         batches = (trainer.strategy.batch_to_device(batch) for batch in islice(loader, self.batches))
@@ -91,8 +96,11 @@ class CalibrateThresholds(pl.Callback):
             if (budget := getattr(pl_module, "budget", None)) and budget.allocate and sharing(pl_module):
                 few = [*islice(batches, TRIED)]
                 batches = chain(few, batches)
-                allocate(pl_module, few, pl_module.loss, progress=trainer.progress_bar_callback is not None)
+                if not self.allocated:
+                    allocate(pl_module, few, pl_module.loss, progress=trainer.progress_bar_callback is not None)
+                self.allocated = True
             calibrate(pl_module, batches, run=getattr(pl_module, "decode", None))
+        self.done = True
 
 
 class RunSummary(pl.Callback):

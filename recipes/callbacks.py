@@ -9,8 +9,12 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from mixers import set_kv_usage
+from lit_modules.callbacks import CalibrateThresholds
+from lit_modules.finite import not_finite
+from mixers import SpecError, set_kv_usage
 from recipes.checkpoints import RECIPE
 
 
@@ -26,10 +30,25 @@ class SaveConfig(SaveConfigCallback):
 
 
 class LinkedCheckpoint(ModelCheckpoint):
-    """ModelCheckpoint whose link to the last checkpoint always leads to a whole one: a new one is written, then linked,
-    and then the one before is removed. Lightning removes before it links."""
+    """ModelCheckpoint whose last checkpoint can be relied on.
+
+    Its link always leads to a whole one: a new one is written, then linked, and then the one before is removed;
+    Lightning removes before it links. Weights that are not finite are not saved. What ends a run in the middle of a
+    step leaves the checkpoint before: one from there would resume after a batch that was drawn and not learned from.
+    """
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        agreed = trainer.world_size == 1 or isinstance(exception, SIGTERMException)  # processes save together
+        if agreed and not isinstance(exception, SpecError) and between_steps(trainer):
+            trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()  # a validation is not resumed half-way
+            super().on_exception(trainer, pl_module, exception)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        bad = not_finite(trainer.lightning_module.named_parameters())
+        if not trainer.strategy.reduce_boolean_decision(bad is None):
+            kept = f"the last checkpoint is {self.last_model_path}" if self.last_model_path else "nothing was saved"
+            what = f"{bad or 'a weight'} is not finite at step {trainer.global_step}"
+            raise SpecError(f"training diverged: {what}; {kept}")
         super()._save_checkpoint(trainer, filepath)
         last = f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
         if self.save_last == "link" and Path(filepath).name != last:
@@ -47,6 +66,15 @@ class LinkedCheckpoint(ModelCheckpoint):
                 shutil.copy(filepath, new)
             new.replace(linkpath)
         trainer.strategy.barrier()
+
+
+def between_steps(trainer: Trainer) -> bool:
+    """Whether weights, optimizer, data and counters are those of one and the same step, with no gradient under way."""
+    loop = trainer.fit_loop.epoch_loop
+    progress = loop.batch_progress.current
+    accumulates = progress.ready % trainer.accumulate_grad_batches and not loop.batch_progress.is_last_batch
+    ended = progress.processed if 0 < trainer.max_steps <= trainer.global_step else progress.completed
+    return progress.ready == ended and not accumulates
 
 
 class AskedUsage(Callback):
@@ -68,11 +96,45 @@ class AskedUsage(Callback):
 
 
 class ValidateAtEnd(Callback):
-    """Validates after the last of `max_steps`, wherever it falls between the validations that are due anyway."""
+    """Validates after the last of `max_steps`, wherever it falls between the validations that are due anyway.
+
+    A run that was stopped between its last step and the end of that validation, which `done` in its checkpoint tells,
+    is resumed to finish it: thresholds, validation, the checkpoint after it. Lightning would do nothing.
+    """
+
+    def __init__(self) -> None:
+        self.done = False
+        self.resumed_at_the_end = False
+
+    def state_dict(self) -> dict[str, bool]:
+        return {"done": self.done}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        done = checkpoint["callbacks"].get(self.state_key, {}).get("done", True)
+        if trainer.state.fn == TrainerFn.FITTING and trainer.max_steps == checkpoint["global_step"] and not done:
+            self.resumed_at_the_end = True
+            trainer.fit_loop.epoch_loop.max_steps += 1  # until `on_train_start`, which is not called after all steps
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.done = False
+        if not self.resumed_at_the_end:
+            return
+        self.resumed_at_the_end = False
+        trainer.fit_loop.epoch_loop.max_steps -= 1
+        for callback in trainer.callbacks:
+            if isinstance(callback, CalibrateThresholds):
+                callback.on_train_end(trainer, pl_module)
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.restarting = False
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if 0 < trainer.max_steps <= trainer.global_step:
             trainer.should_stop = True  # Lightning validates once more before it stops
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.done = 0 < trainer.max_steps <= trainer.global_step
 
 
 class StepBar(TQDMProgressBar):

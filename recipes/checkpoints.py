@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from lit_modules.base import SequenceModule, with_options
+from lit_modules.finite import not_finite
 from mixers.registry import MIXERS, ROUTERS, THRESHOLDS, Registry, SpecError, parse_spec
 from recipes.messages import one_line
 from recipes.trust import check_options, trusted
@@ -82,6 +83,8 @@ class Saved:
     hparams: dict[str, Any]
     recipe: dict[str, Any]
     step: int
+    finished: bool
+    """Whether nothing was left to do after `step`, if that was to be the last one."""
 
     @property
     def folder(self) -> Path:
@@ -207,7 +210,15 @@ def read(path: Path) -> Saved:
     model_class = hparams.pop("_class_path", None)
     cls = trusted(model_class, LightningModule, file=path) if model_class else SequenceModule
     check_options(hparams, cls, file=path)
-    return Saved(path=path, model_class=model_class, hparams=hparams, recipe=recipe, step=step)
+    check_finite(checkpoint.get("state_dict", {}), path)
+    finished = checkpoint.get("callbacks", {}).get("ValidateAtEnd", {}).get("done", True)
+    return Saved(path=path, model_class=model_class, hparams=hparams, recipe=recipe, step=step, finished=finished)
+
+
+def check_finite(state_dict: dict[str, torch.Tensor], path: Path) -> None:
+    """Raises SpecError for weights that are NaN or inf."""
+    if bad := not_finite(state_dict.items()):
+        raise SpecError(f"{path} is of a run that diverged: {bad} is not finite")
 
 
 def _check_archive(file: Path) -> None:

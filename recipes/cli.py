@@ -25,6 +25,7 @@ from mixers.registry import ROUTERS
 from recipes import checkpoints, flags, plugins
 from recipes.callbacks import AskedUsage, SaveConfig
 from recipes.composition import PARTS, class_path, setting
+from recipes.interrupt import stopping_between_steps
 from recipes.messages import one_line, program
 from recipes.results import written_whole
 from recipes.run_folder import RunFolder
@@ -99,7 +100,8 @@ class RecipeCLI(LightningCLI):
         args = [_config(recipe), _config(saved), *self.given.args(with_mixer=False), f"--ckpt_path={path}"]
         config = self._parse(command, args)
         self.saved.check(config.model.as_dict())
-        if command == "fit" and 0 < config.trainer.max_steps <= self.saved.step:
+        steps = config.trainer.max_steps
+        if command == "fit" and (0 < steps < self.saved.step or steps == self.saved.step and self.saved.finished):
             raise SpecError(f"{path} is at step {self.saved.step} of {config.trainer.max_steps}; give more --steps")
         verb = "resumes" if command == "fit" else command + "s"
         say(f"{verb} {path}{_target(path)}, of step {self.saved.step}")
@@ -205,12 +207,16 @@ class RecipeCLI(LightningCLI):
         return [TensorBoardLogger(**where, default_hp_metric=False), CSVLogger(**where)]
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
+        waiting: list[int] = []
         try:
-            self.trainer.fit(model, **kwargs)
-        except SystemExit:  # how Lightning answers SIGTERM and Ctrl-C
+            with stopping_between_steps(self.trainer) as waiting:
+                self.trainer.fit(model, **kwargs)
+        except SystemExit as stop:  # how Lightning answers SIGTERM and Ctrl-C
             saved = self.trainer.checkpoint_callback and self.trainer.checkpoint_callback.last_model_path
             again = as_run(f"python -m recipes fit --ckpt_path {saved}")
             say(f"\nstopped; go on with\n  {again}" if saved else "\nstopped")
+            if waiting or isinstance(stop.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
             raise
 
     def predict(self, model: LightningModule, **kwargs: Any) -> None:

@@ -36,9 +36,9 @@ class BatchStream:
 
     def __iter__(self) -> Iterator[Batch]:
         for _ in range(self.length):
-            number = self.next
+            batch = self.make(self.next)
             self.next += 1
-            yield self.make(number)
+            yield batch
 
     def state_dict(self) -> dict[str, int]:
         return {"next": self.next}
