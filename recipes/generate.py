@@ -107,12 +107,16 @@ def _read(path: str) -> bytes:
 
 
 def _report(model, written, prompt: int, read: float, new: int, seconds: float) -> None:
-    tokens, of_all = [block.mixer.full_kv_bytes() for block in model.decoder.blocks], ""
+    from mixers.base import kv_stored_bytes
+
+    stored, of_all = kv_stored_bytes(written.state), ""
+    tokens = [block.mixer.full_kv_bytes() for block in model.decoder.blocks]
     if None not in tokens and sum(tokens):  # each mixer says what a token would take
-        of_all = f" ({written.kv_cache_bytes / (sum(tokens) * (prompt + new)):.1%} of all of them)"
+        of_all = f" ({stored / (sum(tokens) * (prompt + new)):.1%} of all of them)"
     lines = [
         f"read {prompt:,} bytes in {read:.2f} s ({prompt / read:,.0f}/s), "
         f"wrote {new:,} in {seconds:.2f} s ({new / seconds:,.0f}/s)",
-        f"holds {written.kv_cache_bytes:,} bytes of keys and values{of_all} and {written.state_bytes:,} of states",
+        f"holds {stored:,} bytes of keys and values{of_all}, {written.kv_cache_bytes:,} with free places in pages, and "
+        f"{written.state_bytes:,} of states",
     ]
     print("\n".join(lines), file=sys.stderr)

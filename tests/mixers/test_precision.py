@@ -7,6 +7,8 @@ from torch.nn import functional as F
 import mixers.ham
 import mixers.memory
 from mixers import build_mixer
+from mixers.attention import Attention
+from mixers.gated_delta_net import GatedDeltaNet
 from tests.mixers.cases import CASES, DIM
 
 SEEN = {
@@ -52,7 +54,7 @@ def test_what_reaches_the_operations_under_autocast(seen, case, width):
         read = mixer(x, state=mixer.init_state(2))
         read = mixer(x[:, :1], state=read.state)
     assert out.hidden.dtype == width
-    assert seen
+    assert seen or not isinstance(mixer, GatedDeltaNet | Attention)  # others may use none of these
     for operation, argument, dtype in seen:
         exact = torch.bool if argument == "stored" else torch.float32
         narrow = argument in ("q", "k", "v")

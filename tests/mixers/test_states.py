@@ -13,7 +13,7 @@ from tests.mixers.cases import CASES, DIM, SMALL, every_case, every_ham, made, m
 @every_case
 def test_state_follows_functions_over_its_tensors(case):
     mixer = made(case)
-    state = mixer(tokens(0, 2, 9), mixer.init_state(2)).state
+    state = mixer(tokens(0, 2, 9).requires_grad_(), mixer.init_state(2)).state
     assert any(x.requires_grad for x in tensors_of(state).values())
     detached = state.detach()
     assert not any(x.requires_grad for x in tensors_of(detached).values())

@@ -40,7 +40,7 @@ def test_one_that_keeps_no_keys_is_trained_and_writes(run, own, tiny):
     assert (result.code, result.err) == (0, "") and "the model goes on from" in result.out
     written = run(f"generate --plugin {own} --prompt a --max_new_tokens 3")
     assert written.code == 0
-    assert "holds 0 bytes of keys and values and 0 of states" in written.err
+    assert "holds 0 bytes of keys and values, 0 with free places in pages, and 0 of states" in written.err
 
 
 def test_one_without_states_is_trained_and_says_that_it_cannot_write(run, own, tiny):
