@@ -107,9 +107,11 @@ def _bytes_axis(axes: Any, points: list[Row], metric: str) -> None:
     for point in points:
         at = point["kv_bytes"] / 2**20, point[metric]
         axes.annotate(f"usage {point['asked']:g}", at, (0, 8), textcoords="offset points", ha="center", fontsize=8)
-    whole = max(point["kv_bytes"] / point["of_attention"] for point in points) / 2**20
-    axes.axvline(whole, color="0.55", lw=1.5)
-    axes.text(whole, 0.02, "softmax attention ", transform=axes.get_xaxis_transform(), rotation=90, ha="right",
-              fontsize=8.5, color="0.4")  # fmt: skip
+    wholes = [point["kv_bytes"] / point["of_attention"] / 2**20 for point in points if point["of_attention"]]
+    if wholes:
+        axes.axvline(max(wholes), color="0.55", lw=1.5)
+        where = dict(transform=axes.get_xaxis_transform(), rotation=90, ha="right")
+        axes.text(max(wholes), 0.02, "softmax attention ", fontsize=8.5, color="0.4", **where)
+        axes.set_xlim(0, 1.05 * max(wholes))
     tokens = points[0]["long"]
-    axes.set(xlim=(0, 1.05 * whole), xlabel=f"MiB of keys and values held after {tokens:,} tokens, pages included")
+    axes.set_xlabel(f"MiB of keys and values held after {tokens:,} tokens, pages included")

@@ -72,7 +72,7 @@ def test_plots_are_drawn_anew_and_nothing_else_changes(run, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["curve.png", "curves.png", "plot.png", "results.json"]
     assert (folder / "results.json").read_bytes() == before
 
-    weighed = [point | {"kv_bytes": 2**20, "of_attention": 0.5, "long": 64} for point in curve]
+    weighed = [p | {"kv_bytes": 2**20 * p["asked"], "of_attention": p["asked"], "long": 64} for p in curve]
     swept = {"label": "a", "metric": "accuracy", "options": {"budget": "any"}, "curve": weighed}
     shutil.rmtree(folder)
     folder.mkdir()
