@@ -16,6 +16,11 @@ log = logging.getLogger(__name__)
 CHOSEN: dict[str, str] = {}
 """operation -> backend that ran last; stamped into results."""
 
+
+class UnavailableBackend(ValueError):
+    """A backend that was asked for by name, and is unknown or cannot run here."""
+
+
 PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("torch",)}
 NEEDS = {"triton": "triton", "fla": "fla"}
 """backend -> the package that it needs, and a GPU with it"""
@@ -25,7 +30,7 @@ def choose(operation: str, backend: str, table: Mapping[str, str], device: torch
     """Name and function of `backend`, `auto` being the first of the device's preferences that is available.
 
     Raises:
-        ValueError: the operation has no backend of that name, or it cannot run here, and why.
+        UnavailableBackend: the operation has no backend of that name, or it cannot run here, and why.
     """
     name = _resolve(operation, backend, tuple(table.items()), device.type)
     return name, _LOADED[operation, name]
@@ -41,9 +46,9 @@ def _resolve(operation: str, backend: str, items: tuple[tuple[str, str], ...], d
     if backend == "auto":
         backend = automatic(table, device)
     elif backend not in table:
-        raise ValueError(f"unknown backend {backend!r} for {operation}; known: auto, {', '.join(table)}")
+        raise UnavailableBackend(f"unknown backend {backend!r} for {operation}; known: auto, {', '.join(table)}")
     elif reason := unavailable(backend, device):
-        raise ValueError(f"backend {backend!r} of {operation} is not available: {reason}")
+        raise UnavailableBackend(f"backend {backend!r} of {operation} is not available: {reason}")
     if CHOSEN.get(operation) != backend:
         CHOSEN[operation] = backend
         log.info("%s runs on the %s backend", operation, backend)

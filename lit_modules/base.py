@@ -13,8 +13,8 @@ from lit_modules.budgets import build_budget
 from lit_modules.finite import gradient_norm, origin
 from lit_modules.metrics import KVUsage
 from mixers.backbone import Decoder, DecoderOutput
-from mixers.registry import MIXERS, SpecError, parse_pattern
-from mixers.threshold import check_usage, thresholds_of, usage_per_sequence
+from mixers.registry import MIXERS, SpecError, check_range, parse_pattern
+from mixers.threshold import check_usage, set_kv_usage, thresholds_of, usage_per_sequence
 
 Spec = str | dict[str, Any]
 Pattern = str | dict[str, Any] | list[Spec]
@@ -114,8 +114,11 @@ class SequenceModule(pl.LightningModule):
         if schedule not in ("cosine", "constant"):
             raise SpecError(f"unknown schedule {schedule!r}; known: constant, cosine")
         self.budget = build_budget(budget)
-        if warmup_steps < 0:
-            raise SpecError(f"warmup_steps {warmup_steps} must be at least 0")
+        check_range(0, learning_rate=learning_rate, weight_decay=weight_decay, warmup_steps=warmup_steps)
+        check_range(0, final_learning_rate=final_learning_rate)
+        if len(betas) != 2:
+            raise SpecError(f"betas must be two numbers, got {betas}")
+        check_range(0, 1, **{f"betas[{i}]": beta for i, beta in enumerate(betas)})
         self.save_hyperparameters()
         self.decoder = Decoder(
             vocab_size,
@@ -125,6 +128,10 @@ class SequenceModule(pl.LightningModule):
             mlp_ratio=mlp_ratio,
             tie_embeddings=tie_embeddings,
         )
+        if kv_usage is not None:
+            set_kv_usage(self.decoder, kv_usage)  # which a threshold that has none refuses
+        if self.budget and next(thresholds_of(self.decoder), None) is None:
+            raise SpecError(f"budget {budget!r} was given, but none of the mixers stores tokens by a KV usage")
         self.metrics: MetricCollection  # a subclass's own, of an evaluation
         self.usage = KVUsage()
         self.last_usage: dict[str, float] = {}

@@ -44,8 +44,8 @@ class Attention(Mixer):
         super().__init__()
         self.dim = dim
         check_positive(num_heads=num_heads)
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
-        self.head_dim = head_dim or dim // num_heads
+        self.num_heads, self.num_kv_heads = num_heads, num_heads if num_kv_heads is None else num_kv_heads
+        self.head_dim = dim // num_heads if head_dim is None else head_dim
         self.rope, self.rope_base, self.window = rope, rope_base, window
         check_positive(num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
         if self.num_heads % self.num_kv_heads:

@@ -1,5 +1,6 @@
 """A decoder around any mixer: embedding, blocks of (RMSNorm, mixer, RMSNorm, SwiGLU), final norm, head."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(vocab_size=vocab_size, dim=dim, depth=depth)
-        mlp_hidden = -(-round(dim * mlp_ratio) // 8) * 8
+        mlp_hidden = -(-round(dim * mlp_ratio) // 8) * 8 if 0 < mlp_ratio < math.inf else 0
         if mlp_hidden < 1:
             raise SpecError(f"mlp_ratio must be above 0, got {mlp_ratio}")
         self.embedding = nn.Embedding(vocab_size, dim)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from mixers.base import Mixer, MixerOutput, MixerState
 from mixers.layers import RMSNorm
 from mixers.memory import Memory
-from mixers.registry import check_positive
+from mixers.registry import check_positive, check_range
 
 
 class GatedDeltaNet(Mixer):
@@ -46,10 +46,11 @@ class GatedDeltaNet(Mixer):
         super().__init__()
         self.dim = dim
         check_positive(num_heads=num_heads)
+        check_range(0, norm_eps=norm_eps)
         self.memory = Memory(
             dim,
             num_heads=num_heads,
-            head_dim=head_dim or dim // num_heads,
+            head_dim=dim // num_heads if head_dim is None else head_dim,
             value_dim=value_dim,
             num_value_heads=num_value_heads,
             conv_size=conv_size,

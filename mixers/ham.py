@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.routed_attention import routed_attention
+from kernels.routed_attention import BACKENDS, routed_attention
 from kernels.sequences import pad_packed, positions_in, real_tokens, unpad
 from mixers.base import MixerOutput, MixerState, Routing
 from mixers.bounded_cache import BoundedCache
@@ -68,6 +68,8 @@ class HAM(GatedDeltaNet):
             raise unknown("combine", combine, ("sum", "gates"), of=" for mixer 'ham'")
         if max_tokens < 0:
             raise SpecError(f"max_tokens must be 0 (no limit) or a number of tokens, got {max_tokens}")
+        if attention_backend != "auto" and attention_backend not in BACKENDS:
+            raise unknown("attention_backend", attention_backend, ["auto", *BACKENDS], of=" for mixer 'ham'")
         self.combine, self.max_tokens, self.attention_backend = combine, max_tokens, attention_backend
         for option in ("kv_usage", "scope"):
             if option in parse_spec(threshold):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.delta_rule import gated_delta_rule
+from kernels.delta_rule import BACKENDS, gated_delta_rule
 from mixers.layers import ShortConvolution
 from mixers.registry import SpecError, check_positive, unknown
 
@@ -83,10 +83,12 @@ class Memory(nn.Module):
             raise unknown("rule", rule, RULES, of=" for the recurrent memory")
         self.delta, self.decays = RULES[rule]
         self.num_heads, self.head_dim, self.backend = num_heads, head_dim, backend
-        self.value_dim = value_dim or head_dim
-        self.num_states = num_value_heads or num_heads
+        self.value_dim = head_dim if value_dim is None else value_dim
+        self.num_states = num_heads if num_value_heads is None else num_value_heads
         sizes = dict(value_dim=self.value_dim, num_value_heads=self.num_states)
         check_positive(num_heads=num_heads, head_dim=head_dim, **sizes)
+        if backend != "auto" and backend not in BACKENDS:
+            raise unknown("backend", backend, ["auto", *BACKENDS], of=" of the recurrent memory")
         if conv_size < 2:
             raise SpecError(f"conv_size must be at least 2, got {conv_size}")
         if self.num_states % num_heads:

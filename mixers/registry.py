@@ -18,6 +18,7 @@ This file imports no torch: built-in names are strings, and a class is imported 
 import difflib
 import importlib
 import inspect
+import math
 import operator
 import types
 import warnings
@@ -43,6 +44,14 @@ def check_positive(**sizes: int) -> None:
     for name, value in sizes.items():
         if value < 1:
             raise SpecError(f"{name} must be at least 1, got {value}")
+
+
+def check_range(low: float, high: float = math.inf, /, **values: float) -> None:
+    """SpecError unless every value is a number with low <= value < high; nan and inf are none."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
+            below = "" if high == math.inf else f" and below {high:g}"
+            raise SpecError(f"{name} must be a number of at least {low:g}{below}, got {value}")
 
 
 class Registry:

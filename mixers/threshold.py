@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mixers.base import Mixer
 from mixers.quantiles import LEVELS, quantiles, read
-from mixers.registry import SpecError, unknown
+from mixers.registry import SpecError, check_range, unknown
 
 SAMPLE = 8192  # tokens of a step that a layer's quantiles are taken from
 BOUND = 1e38  # what infinite scores count as
@@ -45,6 +45,7 @@ class Threshold(nn.Module):
         super().__init__()
         if scope not in SCOPES:
             raise unknown("scope", scope, SCOPES, of=" for the threshold")
+        check_range(0, 1, momentum=momentum)
         self.scope, self.momentum = scope, momentum
         self.kv_usage = check_usage(kv_usage)
         groups = num_heads if scope == "head" else 1
@@ -242,6 +243,8 @@ class Controlled(Threshold):
         self, num_heads: int, *, rate: float = 0.1, start: float = 0.5, freeze_after: int = 20_000, **options
     ) -> None:
         super().__init__(num_heads, **options)
+        check_range(0, rate=rate, freeze_after=freeze_after)
+        check_range(-math.inf, start=start)
         self.rate, self.freeze_after = rate, freeze_after
         self.register_buffer("current", torch.full_like(self.table[:, 0], start))
 
@@ -269,6 +272,8 @@ class Fixed(Threshold):
 
     def __init__(self, num_heads: int, *, tau: float = 0.5, **options) -> None:
         super().__init__(num_heads, **options)
+        if math.isnan(tau):
+            raise SpecError("tau of threshold 'fixed' must be a number, got nan")
         self.fixed = tau
         self._checked = True  # it needs no training
 
@@ -296,6 +301,9 @@ class Learned(Threshold):
         self, num_heads: int, *, start: float = 0.5, weight: float = 10.0, temperature: float = 0.05, **options
     ) -> None:
         super().__init__(num_heads, **options)
+        check_range(0, weight=weight)
+        check_range(1e-9, temperature=temperature)
+        check_range(-math.inf, start=start)
         self.weight, self.temperature = weight, temperature
         self.current = nn.Parameter(torch.full_like(self.table[:, 0], start))
         self.current._no_weight_decay = True

@@ -122,8 +122,8 @@ class Saved:
         found = trusted(self.model_class, cls, file=self.path) if self.model_class else cls
         try:
             return found.load_from_checkpoint(self.path, map_location="cpu", weights_only=True)
-        except SpecError:
-            raise
+        except SpecError as error:
+            raise SpecError(f"{self.path}: {error}") from error
         except Exception as error:  # a constructor, or torch, with whatever is in the file
             what = f"{type(error).__name__}: {one_line(str(error))}"
             raise SpecError(f"{self.path} cannot be loaded as a {found.__name__}: {what}") from error

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from kernels.dispatch import UnavailableBackend
 from lit_modules.base import with_options
 from lit_modules.callbacks import NextSteps
 from lit_modules.data import DATA
@@ -24,8 +25,9 @@ from mixers import SpecError
 from mixers.registry import ROUTERS
 from recipes import checkpoints, flags, plugins
 from recipes.callbacks import AskedUsage, SaveConfig
-from recipes.composition import PARTS, class_path, setting
+from recipes.composition import PARTS, all_settings, class_path, setting
 from recipes.interrupt import stopping_between_steps
+from recipes.limits import check_limits
 from recipes.messages import one_line, program
 from recipes.results import written_whole
 from recipes.run_folder import RunFolder
@@ -75,7 +77,11 @@ class RecipeCLI(LightningCLI):
 
     def _of_data(self, key: str, data: Any) -> Any:
         """The data's number of tokens or classes; of data that has none, what the user gave the model."""
-        return getattr(data, key, self._get(self.config, "model").init_args.get(key))
+        given = self._get(self.config, "model").init_args.get(key)
+        known = getattr(data, key, given)
+        if given not in (None, known):
+            raise SpecError(f"{key} {given} was given, but {type(data).__name__} has {known}")
+        return known
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
         command = args[0]
@@ -86,6 +92,7 @@ class RecipeCLI(LightningCLI):
             config = self._parse_over_checkpoint(command, path)
         else:
             config = self._parse(command, [_config(self.given.recipe()), *self.given.args()])
+        check_limits(config)
         self._write_out_names(config)
         plugins.note(config.as_dict())
 
@@ -122,6 +129,9 @@ class RecipeCLI(LightningCLI):
     def _parse_words(self, command: str, args: list[str]) -> Any:
         try:
             self.config = self.parser.parse_args([command, *args])
+        except UnicodeDecodeError as error:
+            files = [value for value in all_settings(args, "config") if value[:1] not in "{["]
+            raise SpecError(f"--config {' or '.join(files)} is no text in UTF-8: {error.reason}") from error
         except argparse.ArgumentError as error:
             raise SpecError(one_line(str(error), known=self._known_flags(command, args[0]))) from error
         return self.config[command]
@@ -158,6 +168,8 @@ class RecipeCLI(LightningCLI):
         except Exception as error:
             if mistake := mistake_in(error):
                 raise mistake from error
+            if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
+                raise SpecError("the model does not fit into this machine's memory") from error
             raise
         for key in checkpoints.LINKED:  # Lightning writes links down even where the model has no such argument
             if self.model.hparams.get(key, key) is None:
@@ -187,7 +199,7 @@ class RecipeCLI(LightningCLI):
         kwargs["callbacks"] = [c for c in callbacks if c and not isinstance(c, unwanted)]
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise SpecError(one_line(str(error))) from error
         for callback in trainer.callbacks:
             if isinstance(callback, NextSteps):
@@ -211,6 +223,8 @@ class RecipeCLI(LightningCLI):
         try:
             with stopping_between_steps(self.trainer) as waiting:
                 self.trainer.fit(model, **kwargs)
+        except UnavailableBackend as error:
+            raise SpecError(str(error)) from error
         except SystemExit as stop:  # how Lightning answers SIGTERM and Ctrl-C
             saved = self.trainer.checkpoint_callback and self.trainer.checkpoint_callback.last_model_path
             again = as_run(f"python -m recipes fit --ckpt_path {saved}")

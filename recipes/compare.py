@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from mixers.registry import SpecError, parse_pattern, unknown
+from mixers.registry import SpecError, check_positive, check_range, parse_pattern, unknown
 from recipes.compare_pool import train_all
 
 HERE = Path(__file__).parent
@@ -73,6 +73,8 @@ def compare(
 
     if redraw:
         return redraw_plots(Path(redraw))
+    check_positive(steps=steps, seeds=seeds)
+    check_range(0, jobs=jobs)
     from recipes.compare_run import settings_of
 
     given = (QUICK["data"] if quick and data == "mqar" else {}) | (data_options or {})
@@ -182,9 +184,12 @@ def _finished(log: Path) -> dict[str, dict[str, Any]]:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
-        return yaml.safe_load(path.read_text())["contestants"]
-    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+        found = yaml.safe_load(path.read_text())["contestants"]
+    except (OSError, KeyError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SpecError(f"{path} is no list of contestants: {' '.join(str(error).split())}") from error
+    if not (isinstance(found, list) and found and all(isinstance(contestant, dict) for contestant in found)):
+        raise SpecError(f"{path} is no list of contestants: it has {found!r}")
+    return found
 
 
 def _grid_options(mixer: Spec, routers: list[str] | None, kv_usages: list[float] | None) -> dict[str, Any]:

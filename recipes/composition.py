@@ -63,6 +63,11 @@ def setting(words: list[str], key: str) -> Any:
     return found
 
 
+def all_settings(words: list[str], key: str) -> list[str]:
+    """Every value of a flag."""
+    return [value for flag, value, _ in _flags(words) if flag == f"--{key}"]
+
+
 def named_classes(words: list[str]) -> dict[str, str]:
     """The class paths of the model and of the data that the user's flags and files name, the last of each."""
     contents = dict(configs(words))

@@ -12,7 +12,7 @@ import torch
 
 from kernels import decode, delta_rule, routed_attention
 from kernels.dispatch import automatic, unavailable
-from mixers.registry import SpecError
+from mixers.registry import SpecError, check_positive
 from recipes.results import PACKAGES, device_name, markdown_table, stamp, write_json
 
 OPERATIONS = {
@@ -47,6 +47,7 @@ def doctor(
     """
     if interpret and compile:
         raise SpecError("--interpret and --compile exclude each other: interpreted kernels are not compiled")
+    check_positive(**{f"lengths[{i}]": length for i, length in enumerate(lengths or [])})
     if interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is first imported
     device = "cuda" if torch.cuda.is_available() else "cpu"

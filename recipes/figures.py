@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from kernels.dispatch import CHOSEN
-from mixers.registry import SpecError
-from mixers.threshold import set_kv_usage, thresholds_of
+from mixers.registry import SpecError, check_positive
+from mixers.threshold import check_usage, set_kv_usage, thresholds_of
 from recipes import figure_recall
 from recipes.results import stamp, write_json
 
@@ -37,6 +37,8 @@ def figures(
     from lit_modules.language_model import BYTES, LanguageModel
     from recipes.checkpoints import find, read
 
+    check_positive(tokens=tokens)
+    usages = [check_usage(usage) for usage in kv_usages or [0.5, 0.25, 0.1]]
     saved = read(find(ckpt_path, root=Path("runs"), name="*"))
     model = saved.load(LanguageModel).eval()
     recall = saved.build_data() if saved.data == f"{MQARData.__module__}.{MQARData.__name__}" else None
@@ -56,7 +58,7 @@ def figures(
         shown = figure_recall.figure(model.decoder, recall.num_keys, recall.num_values, path)
         said = ", ".join(f"{part} {share:.1%}" for part, share in shown["kept"].items())
     else:
-        shown = _of_text(model, content, tokens, kv_usages or [0.5, 0.25, 0.1], path)
+        shown = _of_text(model, content, tokens, usages, path)
         said = f"{content.name}: {shown['kv_usage']:.1%}"
     asked = {"asked": next(thresholds_of(model)).kv_usage}
     ran = {"backends": dict(CHOSEN)}

@@ -5,7 +5,7 @@ import time
 from itertools import islice
 from pathlib import Path
 
-from mixers.registry import SpecError
+from mixers.registry import SpecError, check_positive, check_range
 
 
 def generate(
@@ -41,8 +41,8 @@ def generate(
 
     if bool(prompt) == bool(prompt_file):
         raise SpecError("give either --prompt or --prompt_file")
-    if max_new_tokens < 1:
-        raise SpecError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    check_positive(max_new_tokens=max_new_tokens, prefill=prefill)
+    check_range(0, 2**63, seed=seed)
     content = _read(prompt_file) if prompt_file else prompt.encode()
     path = find(ckpt_path, root=Path(root), name="*")
     model = load(str(path), kv_usage=kv_usage)

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import numpy as np
 
 from lit_modules.data.stream import Batch, BatchStream, FixedBatches
-from mixers.registry import SpecError
+from mixers.registry import SpecError, check_range
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
 
@@ -41,6 +41,7 @@ class GeneratedData(pl.LightningDataModule):
         for name, size in (sizes | {"num_validation": num_validation, "num_test": num_test}).items():
             if size < 1:
                 raise SpecError(f"{name} {size} must be at least 1")
+        check_range(0, seed=seed)
         self.batch_size = batch_size
         self.batches_per_epoch = batches_per_epoch
         self.num_validation = num_validation

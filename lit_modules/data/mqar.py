@@ -17,7 +17,7 @@ import torch
 from lit_modules.data.curriculum import Curriculum
 from lit_modules.data.generated import GeneratedData
 from lit_modules.data.stream import Batch
-from mixers.registry import SpecError
+from mixers.registry import SpecError, check_positive, check_range
 
 IGNORED = -100
 GROWTH = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -98,7 +98,9 @@ class MQARData(GeneratedData):
         **options: Any,
     ):
         super().__init__(**options)
-        seq_len = seq_len or 4 * num_pairs
+        check_positive(num_values=num_values)
+        check_range(0, advance_at=advance_at, power=power)
+        seq_len = 4 * num_pairs if seq_len is None else seq_len
         if not 1 <= num_pairs <= num_keys:
             raise SpecError(f"num_pairs {num_pairs} must be in 1..num_keys = 1..{num_keys}: keys are distinct")
         if seq_len < 4 * num_pairs or seq_len % 2:

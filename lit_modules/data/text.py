@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_modules.data.files import find_files, read_texts, split_texts
 from lit_modules.data.stream import Batch, BatchStream, FixedBatches
-from mixers.registry import SpecError
+from mixers.registry import SpecError, check_range
 
 IGNORED = -100
 
@@ -104,6 +104,7 @@ class TextData(pl.LightningDataModule):
         for name, size in (sizes | {"test_tokens": test_tokens, "max_bytes": max_bytes}).items():
             if size < 1:
                 raise SpecError(f"{name} {size} must be at least 1")
+        check_range(0, seed=seed)
         if not 0 < held_out < 0.5:
             raise SpecError(f"held_out {held_out} is outside its range 0..0.5")
         self.files = find_files(paths)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.sequences import pad_packed, real_tokens, unpad
+from mixers.registry import check_range
 from mixers.routers.base import Router, RouterInputs
 
 
@@ -22,6 +23,7 @@ class Demand(Router):
 
     def __init__(self, dim: int, num_heads: int, *, weight: float = 1.0) -> None:
         super().__init__(dim, num_heads)
+        check_range(0, weight=weight)
         self.weight = weight
         self.forecast = nn.Linear(dim, num_heads, bias=False)
         nn.init.zeros_(self.forecast.weight)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from mixers.registry import SpecError, unknown
+from mixers.registry import check_positive, check_range, unknown
 from mixers.routers.base import Router, RouterInputs, draws
 
 
@@ -33,10 +33,10 @@ class Learned(Router):
         super().__init__(dim, num_heads)
         if form not in ("x", "error"):
             raise unknown("form", form, ("x", "error"), of=" for router 'learned'")
-        if dither < 0:
-            raise SpecError(f"router 'learned' needs dither >= 0, got {dither}")
+        check_range(0, dither=dither)
         self.form, self.dither = form, dither
-        hidden = hidden or max(dim // 2, 1)
+        hidden = max(dim // 2, 1) if hidden is None else hidden
+        check_positive(hidden=hidden)
         features = dim + (2 * num_heads if form == "error" else 0)
         self.mlp = nn.Sequential(nn.Linear(features, hidden), nn.SiLU(), nn.Linear(hidden, num_heads))
 

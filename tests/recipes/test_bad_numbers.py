@@ -1,0 +1,121 @@
+"""Numbers and files that nothing can be made of: one line that names the thing, exit code 2, nothing on the disk."""
+
+import pytest
+
+HUGE = 10**30
+FIT = [  # flags, and what the line names
+    ("--seed -1", "seed_everything"),
+    (f"--seed {HUGE}", "seed_everything"),
+    ("--data.seed -1", "seed"),
+    ("--lr -1", "learning_rate"),
+    ("--lr nan", "learning_rate"),
+    ("--model.betas [2,0.5]", "betas"),
+    ("--model.betas [0.9]", "betas"),
+    ("--model.weight_decay -1", "weight_decay"),
+    ("--model.final_learning_rate -1", "final_learning_rate"),
+    ("--model.mlp_ratio nan", "mlp_ratio"),
+    ("--model.mlp_ratio 0", "mlp_ratio"),
+    ("--dim 1000000000000", "memory"),
+    ("--dim 0", "dim"),
+    ("--depth 0", "depth"),
+    ("--num_heads 0", "num_heads"),
+    ("--head_dim 0", "head_dim"),
+    ("--mixer attention --head_dim 0", "head_dim"),
+    ("--model.mixer.value_dim 0", "value_dim"),
+    ("--model.mixer.num_value_heads 0", "num_value_heads"),
+    ("--mixer attention --model.mixer.num_kv_heads 0", "num_kv_heads"),
+    ("--model.vocab_size 10", "vocab_size 10"),
+    ("--model.mixer.backend foo", "'foo'"),
+    ("--model.mixer.attention_backend foo", "'foo'"),
+    ("--model.mixer.threshold {name:calibrated,momentum:5}", "momentum"),
+    ("--model.mixer.threshold {name:controlled,rate:-1}", "rate"),
+    ("--model.mixer.threshold {name:controlled,freeze_after:-1}", "freeze_after"),
+    ("--model.mixer.threshold {name:fixed,tau:.nan}", "tau"),
+    ("--model.mixer.threshold {name:learned,temperature:0.0}", "temperature"),
+    ("--model.mixer.threshold fixed --kv_usage 0.5", "calibrated"),
+    ("--router {name:learned,hidden:0}", "hidden"),
+    ("--mixer gdn --budget any", "budget 'any'"),
+    ("--steps 0", "max_steps"),
+    ("--steps -5", "max_steps"),
+    ("--trainer.max_epochs 0", "max_epochs"),
+    ("--devices abc", "devices"),
+    ("--devices 0", "devices"),
+    ("--strategy foo", "foo"),
+    ("--precision foo", "foo"),
+    ("--trainer.accumulate_grad_batches 0", "accumulate_grad_batches"),
+    ("--trainer.log_every_n_steps 0", "log_every_n_steps"),
+    ("--trainer.log_every_n_steps -1", "log_every_n_steps"),
+    ("--trainer.val_check_interval 0", "val_check_interval"),
+    ("--trainer.gradient_clip_val -1", "gradient_clip_val"),
+    ("--seq_len 0", "seq_len"),
+    ("--batch_tokens 0", "batch_tokens"),
+    ("--data mqar --data.num_values 0", "num_values"),
+    ("--data mqar --data.seq_len 0", "seq_len"),
+    ("--data mqar --data.advance_at nan", "advance_at"),
+    ("--data mqar --data.seed -1", "seed"),
+    ("--data classification --data.num_classes 0", "num_classes"),
+    ("--config binary.yaml", "binary.yaml"),
+    ("--config number.yaml", "contestants"),
+    ("--plugin raises", "ZeroDivisionError"),
+    ("--plugin ./raises.py", "ZeroDivisionError"),
+    ("--plugin ./exits.py", "SystemExit"),
+    ("--plugin ./none.py", "no such file"),
+    ("--plugin ./json.py", "another module 'json'"),
+]
+OTHERS = [
+    ("generate --prompt a --ckpt_path CKPT --temperature nan", "temperature"),
+    ("generate --prompt a --ckpt_path CKPT --temperature -1", "temperature"),
+    ("generate --prompt a --ckpt_path CKPT --top_p nan", "top_p"),
+    ("generate --prompt a --ckpt_path CKPT --prefill 0", "prefill"),
+    ("generate --prompt a --ckpt_path CKPT --max_kv_bytes -1", "max_kv_bytes"),
+    (f"generate --prompt a --ckpt_path CKPT --seed {HUGE}", "seed"),
+    ("figures --ckpt_path CKPT --tokens 0 --out new.png", "tokens"),
+    ("figures --ckpt_path CKPT --kv_usages [nan] --out new.png", "kv_usage"),
+    ("figures --ckpt_path foreign.ckpt --out new.png", "foreign.ckpt"),
+    ("figures --ckpt_path binary.yaml --out new.png", "binary.yaml"),
+    ("generate --prompt a --ckpt_path foreign.ckpt", "foreign.ckpt"),
+    ("sweep --ckpt_paths [CKPT] --kv_usages [nan] --out new", "kv_usage"),
+    ("doctor --lengths [0]", "lengths"),
+    ("doctor --lengths [-1]", "lengths"),
+    ("compare --seeds 0", "seeds"),
+    ("compare --steps 0", "steps"),
+    ("compare --jobs -1", "jobs"),
+    ("compare --contestants binary.yaml", "binary.yaml"),
+    ("compare --contestants number.yaml", "number.yaml"),
+    ("compare --contestants 5", "5"),
+]
+
+
+@pytest.fixture
+def bad_files(here, monkeypatch, checkpoint):
+    import torch
+
+    monkeypatch.syspath_prepend(here)
+    (here / "binary.yaml").write_bytes(bytes(range(128, 256)))
+    (here / "number.yaml").write_text("contestants: 5")
+    (here / "raises.py").write_text("1 / 0")
+    (here / "exits.py").write_text("raise SystemExit(3)")
+    (here / "json.py").touch()
+    saved = torch.load(checkpoint, weights_only=True)
+    del saved["state_dict"]["decoder.norm.weight"]
+    torch.save(saved, here / "foreign.ckpt")
+    return {path.name for path in here.iterdir()}
+
+
+@pytest.mark.parametrize(("line", "named"), FIT + OTHERS, ids=[line for line, _ in FIT + OTHERS])
+def test_one_line_and_nothing_left(run, here, tiny, checkpoint, bad_files, line, named):
+    if (line, named) in FIT:
+        small = tiny if "--data" not in line else "--trainer.enable_progress_bar false"
+        line = f"fit {small} {line}"
+    error = run(line.replace("CKPT", str(checkpoint))).error
+    assert named in error
+    assert {path.name for path in here.iterdir()} - {"__pycache__"} == bad_files
+
+
+def test_a_backend_that_cannot_run_here(run, here, tiny, monkeypatch):
+    monkeypatch.setattr(
+        "kernels.dispatch.unavailable", lambda backend, device: "it needs a moon" * (backend == "naive")
+    )
+    error = run(f"fit {tiny} --model.mixer.backend naive").error
+    assert "'naive' of delta_rule is not available: it needs a moon" in error
+    assert not list(here.iterdir())
