@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lit_modules.budgets import build_budget
+from lit_modules.data.batches import check_batch
 from lit_modules.finite import gradient_norm, origin
 from lit_modules.metrics import KVUsage
 from mixers.backbone import Decoder, DecoderOutput
@@ -89,6 +90,9 @@ class SequenceModule(pl.LightningModule):
         SpecError: a spec, usage or schedule that does not hold.
     """
 
+    answers: tuple[str, ...] = ()
+    """Keys that a batch must have beside ``tokens``."""
+
     def __init__(
         self,
         *,
@@ -140,6 +144,12 @@ class SequenceModule(pl.LightningModule):
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean loss of a batch in nats, float32 scalar."""
         raise NotImplementedError
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Refuses what is no batch (:mod:`lit_modules.data`), here where looking at it does not wait for a device."""
+        sizes = {key: self.hparams[key] for key in ("vocab_size", "num_classes") if key in self.hparams}
+        check_batch(batch, answers=self.answers, **sizes)
+        return batch
 
     def decode(self, batch: dict[str, Tensor]) -> DecoderOutput:
         """Runs the decoder on a batch, with its packing or padding; in training, with the budget's usages."""

@@ -10,10 +10,10 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_modules.base import SequenceModule
+from lit_modules.data.batches import IGNORED
 from lit_modules.data.stream import REPEATED
 from lit_modules.metrics import BitsPerByte, Loss, Perplexity
 
-IGNORED = -100
 BYTES = 256
 LOGITS_AT_ONCE = 2**26
 
@@ -26,6 +26,8 @@ class LanguageModel(SequenceModule):
     Args:
         options: see :class:`lit_modules.base.SequenceModule`.
     """
+
+    answers = ("targets",)
 
     def __init__(self, **options: Any):
         super().__init__(**options)

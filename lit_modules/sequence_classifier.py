@@ -23,6 +23,8 @@ class SequenceClassifier(SequenceModule):
         options: see :class:`lit_modules.base.SequenceModule`.
     """
 
+    answers = ("label",)
+
     def __init__(self, *, num_classes: int, **options: Any):
         super().__init__(**options)
         self.classifier = nn.Linear(self.hparams.dim, num_classes)

@@ -1,14 +1,29 @@
 """What there is to train on, and which LightningModule fits it, by name. Imports no torch, so that listing is instant.
 
-Every data module has ``vocab_size`` and the class attribute ``model``, a key of :data:`MODELS`. A batch is a dict:
+A data module of one's own is a LightningDataModule with some attributes, of the class or of the instance:
 
-=============  ==================  =======================================================
-``tokens``     (B, T) int64        ids in 0..vocab_size-1
-``targets``    (B, T) int64        what to answer at each position, -100 where nothing is asked (language models)
-``label``      (B,) int64          the class (classifiers)
-``cu_seqlens`` (N+1,) int32        optional: bounds of the packed documents of a single row, B = 1
-``padding_mask``  (B, T) bool      optional: True at real tokens
-=============  ==================  =======================================================
+===============  =======================================================================================
+``model``        a key of :data:`MODELS`: the LightningModule that ``fit`` trains on it; default: ``language_model``
+``metric``       the metric of that model that ``compare`` shows, such as ``accuracy``; or give ``--metric``
+``vocab_size``   number of token ids
+``num_classes``  number of classes (classifiers)
+===============  =======================================================================================
+
+``fit --data my_package.MyData`` and ``compare --data my_package.MyData`` train on it; a package may give it a name with
+the entry-point group ``lightning_mixers.data``. Its loaders yield batches, each a dict:
+
+================  ============  ======================================================================================
+``tokens``        (B, T) int64  ids in 0..vocab_size-1
+``targets``       (B, T) int64  language models: the answer that is due at each position, which for the next token is
+                                ``tokens`` one place to the left (the model does not shift); -100 where nothing is asked
+``label``         (B,) int64    classifiers: the class of each sequence, in place of ``targets``
+``cu_seqlens``    (N+1,) int32  optional: bounds of the N documents packed into a single row, B = 1, from 0 to T;
+                                nothing leaks across them
+``padding_mask``  (B, T) bool   optional: True at real tokens; padding cannot matter, and may be left or right
+================  ============  ======================================================================================
+
+Other keys, shapes, dtypes and ids are refused (:func:`lit_modules.data.batches.check_batch`). A batch of Hugging Face's
+has other names and unshifted labels: see :func:`lit_modules.data.batches.from_hugging_face`.
 """
 
 DATA = {

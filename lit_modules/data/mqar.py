@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from lit_modules.data.batches import IGNORED
 from lit_modules.data.curriculum import Curriculum
 from lit_modules.data.generated import GeneratedData
 from lit_modules.data.stream import Batch
 from mixers.registry import SpecError, check_positive, check_range
 
-IGNORED = -100
 GROWTH = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 

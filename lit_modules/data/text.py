@@ -11,8 +11,6 @@ from lit_modules.data.files import find_files, read_texts, split_texts
 from lit_modules.data.stream import Batch, BatchStream, FixedBatches
 from mixers.registry import SpecError, check_range
 
-IGNORED = -100
-
 
 class PackedRows:
     """Texts cut into pieces, and the pieces laid end to end into rows of equal length, in an order by seed and epoch.
