@@ -89,8 +89,10 @@ def _summary(origin: str) -> str:
 @functools.cache
 def _parsed(module: str) -> ast.Module:
     top, *below = module.split(".")
-    roots = importlib.util.find_spec(top).submodule_search_locations  # of the top package: imports nothing
-    paths = [Path(root, *below) for root in roots]
+    spec = importlib.util.find_spec(top)  # of the top package: imports nothing
+    if spec.submodule_search_locations is None:  # a module, such as a file of the user's
+        return ast.parse(Path(spec.origin).read_text())
+    paths = [Path(root, *below) for root in spec.submodule_search_locations]
     files = [file for path in paths for file in (path.with_suffix(".py"), path / "__init__.py")]
     return ast.parse(next(file for file in files if file.exists()).read_text())
 
