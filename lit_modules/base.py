@@ -145,14 +145,14 @@ class SequenceModule(pl.LightningModule):
         """Mean loss of a batch in nats, float32 scalar."""
         raise NotImplementedError
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Refuses what is no batch (:mod:`lit_modules.data`), here where looking at it does not wait for a device."""
+    def decode(self, batch: dict[str, Tensor]) -> DecoderOutput:
+        """Runs the decoder on a batch, with its packing or padding; in training, with the budget's usages.
+
+        Raises:
+            SpecError: it is no batch as :mod:`lit_modules.data` describes it.
+        """
         sizes = {key: self.hparams[key] for key in ("vocab_size", "num_classes") if key in self.hparams}
         check_batch(batch, answers=self.answers, **sizes)
-        return batch
-
-    def decode(self, batch: dict[str, Tensor]) -> DecoderOutput:
-        """Runs the decoder on a batch, with its packing or padding; in training, with the budget's usages."""
         tokens, cu_seqlens = batch["tokens"], batch.get("cu_seqlens")
         budgets: AbstractContextManager = nullcontext()
         if self.decoder.training:

@@ -1,4 +1,4 @@
-"""The batch contract of :mod:`lit_modules.data`, checked before a batch reaches a model."""
+"""The batch contract of :mod:`lit_modules.data`, checked where a model takes a batch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +18,8 @@ THEIRS = {"input_ids", "labels", "attention_mask"}
 
 def check_batch(batch: Any, *, answers: tuple[str, ...], vocab_size: int, num_classes: int | None = None) -> None:
     """Refuses what is no batch as :mod:`lit_modules.data` describes it, before a model reads part of it as another.
+
+    Values are looked at on the CPU alone: elsewhere the host would have to wait for them.
 
     Args:
         batch: what a data loader gave.
@@ -50,6 +52,8 @@ def check_batch(batch: Any, *, answers: tuple[str, ...], vocab_size: int, num_cl
         given = batch[name]
         if not (isinstance(given, Tensor) and given.dtype == dtype and given.shape == shape):
             raise SpecError(f"{name} must be {_name(dtype)} {shape}, got {_described(given)}")
+    if not tokens.is_cpu:
+        return
     sizes = {"tokens": ("vocab_size", vocab_size), "targets": ("vocab_size", vocab_size)}
     if num_classes is not None:
         sizes["label"] = ("num_classes", num_classes)

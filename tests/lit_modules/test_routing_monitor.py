@@ -50,7 +50,7 @@ def test_one_sequence_is_cut_out_where_it_is(make_model, kind):
     batch, part = batch_of(kind)
     model = make_model().eval()
     with torch.no_grad():
-        routing = model.decode(batch).routing
+        routing = model.decode(batch | {"targets": batch["tokens"]}).routing
     tokens, cut = one_sequence(batch, [*routing, None], max_tokens=10)
     assert torch.equal(tokens, batch["tokens"][0, part])
     assert cut[-1] is None

@@ -34,6 +34,11 @@ class Named(Counting):
     metric = "perplexity"
 
 
+class HuggingFace(Counting):
+    def train_dataloader(self):
+        return DataLoader([{"input_ids": torch.ones(1, 4).long(), "labels": torch.ones(1, 4).long()}], batch_size=None)
+
+
 class Strange(Counting):
     model = "languag_model"
 """
@@ -102,3 +107,9 @@ def test_a_registered_plug_in_reaches_the_workers(run, here):
     line = "compare --plugin ./my_counting.py --data counting --mixers [gdn] --steps 1 --seeds 1 --jobs 1 --out out"
     result = run(f"{line} --model_options.dim 16 --model_options.depth 1")
     assert result.code == 0 and "perplexity" in result.out, result.err
+
+
+def test_a_batch_of_another_kind_ends_a_fit_in_one_line(run, own, here):
+    error = run("fit --data own_tasks.HuggingFace --mixer gdn --dim 16 --trainer.enable_progress_bar false").error
+    assert "tokens, targets" in error and "got input_ids, labels" in error and "from_hugging_face" in error
+    assert not list(here.glob("runs/*"))
