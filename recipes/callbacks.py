@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_modules.callbacks import CalibrateThresholds
 from lit_modules.finite import not_finite
 from mixers import SpecError, set_kv_usage
-from recipes.checkpoints import RECIPE
+from recipes.checkpoints import PROCESSES, RECIPE
 
 
 class SaveConfig(SaveConfigCallback):
@@ -27,6 +27,7 @@ class SaveConfig(SaveConfigCallback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[RECIPE] = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        checkpoint[PROCESSES] = trainer.world_size
 
 
 class LinkedCheckpoint(ModelCheckpoint):

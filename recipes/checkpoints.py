@@ -5,7 +5,9 @@ without a word, and with `--ckpt_path last` and nothing to resume it starts anew
 the flags; then KV usage may be changed, and any other difference is an error, for the weights were learned with it.
 """
 
+import json
 import zipfile
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +23,19 @@ from recipes.messages import one_line
 from recipes.trust import check_options, trusted
 
 RECIPE = "recipe"  # the key of a checkpoint that holds the run's whole configuration
+PROCESSES = "processes"  # that of how many wrote it together
 LINKED = ("vocab_size", "num_classes")  # of the data; compared when the data is there
 FREE = ("kv_usage", *LINKED)
+OF_TRAINING = (
+    "max_steps",
+    "max_epochs",
+    "precision",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "accumulate_grad_batches",
+    "limit_train_batches",
+    "strategy",
+)
 INSTANTIATORS = (None, "lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
 
 
@@ -85,6 +98,7 @@ class Saved:
     step: int
     finished: bool
     """Whether nothing was left to do after `step`, if that was to be the last one."""
+    processes: int | None
 
     @property
     def folder(self) -> Path:
@@ -144,6 +158,23 @@ class Saved:
         hparams = {key: value for key, value in self.hparams.items() if key not in LINKED}
         model = {"class_path": self.model_class} if self.model_class else {}
         return {key: self.recipe[key] for key in keys if key in self.recipe} | {"model": model | {"init_args": hparams}}
+
+    def changes(self, config: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+        """What a run that goes on with this configuration does otherwise: option, value now, value before."""
+        data, saved = config.get("data") or {}, self.recipe.get("data", {})
+        parts = [
+            (config, {"seed_everything": self.recipe.get("seed_everything")}),
+            (config["trainer"], {key: self.recipe.get("trainer", {}).get(key) for key in OF_TRAINING}),
+            (config["model"]["init_args"], {key: self.hparams.get(key) for key in FREE if key not in LINKED}),
+        ]
+        if self.data == data.get("class_path"):
+            parts.append((data.get("init_args") or {}, saved.get("init_args") or {}))
+        elif self.data:
+            yield "data", data.get("class_path"), self.data
+        for now, before in parts if self.recipe else []:
+            for key in before:
+                if key in now and json.dumps(now[key], default=str) != json.dumps(before[key], default=str):
+                    yield key, *("unset" if value is None else value for value in (now[key], before[key]))
 
     def check(self, model: dict[str, Any]) -> None:
         """Raises SpecError where a parsed model (class_path, init_args) is not the one that was saved."""
@@ -212,7 +243,15 @@ def read(path: Path) -> Saved:
     check_options(hparams, cls, file=path)
     check_finite(checkpoint.get("state_dict", {}), path)
     finished = checkpoint.get("callbacks", {}).get("ValidateAtEnd", {}).get("done", True)
-    return Saved(path=path, model_class=model_class, hparams=hparams, recipe=recipe, step=step, finished=finished)
+    return Saved(
+        path=path,
+        model_class=model_class,
+        hparams=hparams,
+        recipe=recipe,
+        step=step,
+        finished=finished,
+        processes=checkpoint.get(PROCESSES),
+    )
 
 
 def check_finite(state_dict: dict[str, torch.Tensor], path: Path) -> None:

@@ -112,6 +112,9 @@ class RecipeCLI(LightningCLI):
             raise SpecError(f"{path} is at step {self.saved.step} of {config.trainer.max_steps}; give more --steps")
         verb = "resumes" if command == "fit" else command + "s"
         say(f"{verb} {path}{_target(path)}, of step {self.saved.step}")
+        if command == "fit":
+            for change in self.saved.changes(config.as_dict()):
+                say("resumes with {} {} (was {})".format(*change))
         return config
 
     def _parse(self, command: str, args: list[str]) -> Any:
@@ -244,6 +247,8 @@ class RecipeCLI(LightningCLI):
         print(f"predictions for {len(batches)} batches of the test split, a list that torch.load reads: {target}")
 
     def before_fit(self) -> None:
+        if self.saved and self.saved.processes not in (None, self.trainer.world_size):
+            say(f"resumes with {self.trainer.world_size} processes (was {self.saved.processes})")
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
         where = f"; writes to {self.folder.path}" if self.folder.path else ""
         say(f"{type(self.model).__name__} with {size:.2f} M parameters{where}")

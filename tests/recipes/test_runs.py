@@ -66,6 +66,29 @@ def test_resumes_exactly(run, run_folder, step):
     assert torch.equal(*exp_avg)
 
 
+def test_what_changes_on_resuming_is_said(run, run_folder):
+    path = run_folder / "checkpoints/all-step=3.ckpt"
+    assert "resumes with" not in run(f"fit --ckpt_path {path}").out
+    saved = torch.load(path, weights_only=True)
+    torch.save(saved | {"processes": 2}, path)
+    flags = "--data.batch_tokens 128 --data.seed 3 --seed 5 --steps 7 --kv_usage 0.5"
+    flags += " --trainer.gradient_clip_val 0.5 --trainer.accumulate_grad_batches 2"
+    result = run(f"fit --ckpt_path {path} {flags}")
+    assert result.code == 0, result.err
+    said = {line.removeprefix("resumes with ") for line in result.out.splitlines() if line.startswith("resumes with")}
+    assert said == {
+        "batch_tokens 128 (was 64)",
+        "seed 3 (was 0)",
+        "seed_everything 5 (was 0)",
+        "max_steps 7 (was 6)",
+        "kv_usage 0.5 (was unset)",
+        "gradient_clip_val 0.5 (was 1.0)",
+        "accumulate_grad_batches 2 (was 1)",
+        "1 processes (was 2)",
+    }
+    assert "resumes with" not in run(f"test --ckpt_path {path} --data.batch_tokens 128").out
+
+
 def test_resume_that_has_nothing_to_do(run, run_folder):
     assert "give more --steps" in run("fit --ckpt_path last").error
 
@@ -155,13 +178,13 @@ def test_sigterm(run, here, tiny, monkeypatch):
 def test_plugin_and_user_classes(run, here, tiny, monkeypatch):
     (here / "my_parts.py").write_text(
         "from mixers import Router, register_router\n\n"
-        '@register_router("by_length")\n'
-        "class ByLength(Router):\n"
+        '@register_router("by_norm")\n'
+        "class ByNorm(Router):\n"
         "    def forward(self, inputs):\n"
         "        return inputs.v.norm(dim=-1)\n"
     )
     monkeypatch.syspath_prepend(here)
-    for flags in ("--router my_parts.ByLength", "--plugin my_parts --router by_length"):
+    for flags in ("--router my_parts.ByNorm", "--plugin my_parts --router by_norm"):
         result = run(f"fit {tiny} {flags} --trainer.fast_dev_run true")
         assert result.code == 0, result.err
 
