@@ -22,7 +22,7 @@ class UnavailableBackend(ValueError):
 
 
 PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("torch",)}
-NEEDS = {"triton": "triton", "fla": "fla"}
+NEEDS = {"triton": "triton", "triton_recurrent": "triton", "fla": "fla"}
 """backend -> the package that it needs, and a GPU with it"""
 
 
@@ -70,7 +70,7 @@ def unavailable(backend: str, device: str) -> str:
         return ""
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed"
-    if device != "cuda" and not (backend == "triton" and interpreted()):
+    if device != "cuda" and not (package == "triton" and interpreted()):
         return f"it needs a CUDA device, and the tensors are on {device}"
     return ""
 

@@ -1,53 +1,124 @@
-"""Packed sequences: several documents laid end to end in one row, their bounds in `cu_seqlens`.
+"""How sequences lie in a tensor: one in each row, or packed end to end in one row, as in FlashAttention and fla.
 
-`cu_seqlens` (N + 1,) holds the documents' starts and the total, as in FlashAttention and fla; documents may be empty.
+A `Layout` is made once per forward pass and handed down to every layer and operation, which take it wherever they take
+`cu_seqlens`. It asks the device once, for the bounds of the sequences; all else is computed from them.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-def lengths_of(cu_seqlens: Tensor) -> Tensor:
-    """Lengths (N,) int64 of the documents."""
-    return cu_seqlens.long().diff()
+LIKE_SIZE = 1.25
 
 
-def positions_in(cu_seqlens: Tensor) -> Tensor:
-    """Position (T,) int64 of every token in its own document."""
-    lengths = lengths_of(cu_seqlens)
-    starts = torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
-    return torch.arange(len(starts), device=cu_seqlens.device) - starts
+class Layout:
+    """N sequences in (B, T). Use `Layout.of`.
+
+    Attributes:
+        batch, tokens: B and T.
+        cu_seqlens: (N + 1,) int32, where the sequences packed in the one row begin, and its end; None of a sequence in
+            each row. Sequences may be empty.
+        lengths: (N,) int64 tokens of every sequence.
+        positions: (B, T) int64, place of every token in its sequence, as far as it is in the tensor.
+        longest: tokens of the longest sequence.
+    """
+
+    def __init__(self, batch: int, tokens: int, cu_seqlens: Tensor | None, device: torch.device) -> None:
+        self.batch, self.tokens, self.cu_seqlens = batch, tokens, cu_seqlens
+        self._made: dict[Any, Any] = {}
+        token = torch.arange(tokens, device=device)
+        if cu_seqlens is None:
+            self.bounds, self.longest = None, tokens
+            self.lengths = torch.full((batch,), tokens, device=device)
+            self.positions = token.expand(batch, tokens)
+            return
+        self.bounds = _checked(cu_seqlens.tolist(), batch, tokens)
+        self.longest = max(b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False))
+        self.cu_seqlens = cu_seqlens.int()
+        self.lengths = cu_seqlens.long().diff()
+        starts = torch.repeat_interleave(cu_seqlens[:-1].long(), self.lengths, output_size=tokens)
+        self.positions = (token - starts)[None]
+
+    @classmethod
+    def of(cls, cu_seqlens: "Tensor | Layout | None", x: Tensor) -> "Layout":
+        """The layout of x (B, T, ...): the one given, or a new one.
+
+        Raises:
+            ValueError: `cu_seqlens` does not rise from 0 to T, or B is not 1; a layout of another shape.
+        """
+        if isinstance(cu_seqlens, Layout):
+            if (cu_seqlens.batch, cu_seqlens.tokens) != x.shape[:2]:
+                shape = cu_seqlens.batch, cu_seqlens.tokens
+                raise ValueError(f"the layout is of {shape} (B, T), the input of {tuple(x.shape[:2])}")
+            return cu_seqlens
+        return cls(x.shape[0], x.shape[1], cu_seqlens, x.device)
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens is not None
+
+    def __len__(self) -> int:
+        """N."""
+        return self.batch if self.bounds is None else len(self.bounds) - 1
+
+    @property
+    def documents(self) -> Tensor:
+        """Index (T,) int64 of the packed sequence that every token belongs to."""
+        return self.per_token(torch.arange(len(self), device=self.lengths.device))[0]
+
+    def per_token(self, x: Tensor) -> Tensor:
+        """What x (N, ...) says of the sequences, said of their tokens: (1, T, ...) packed, else (B, 1, ...)."""
+        if not self.packed:
+            return x[:, None]
+        return torch.repeat_interleave(x, self.lengths, 0, output_size=self.tokens)[None]
+
+    @property
+    def real(self) -> Tensor:
+        """(N, longest) bool: where the padded form of the sequences holds a token."""
+        return torch.arange(self.longest, device=self.lengths.device) < self.lengths[:, None]
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(1, T, ...) packed -> (N, longest, ...), zeros on the right; what is not packed stays as it is."""
+        if not self.packed:
+            return x
+        padded = x.new_zeros(len(self) * self.longest, *x.shape[2:])
+        return padded.index_copy(0, self._places(), x[0]).unflatten(0, (len(self), self.longest))
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """(N, longest, ...) -> (1, T, ...); what is not packed stays as it is."""
+        return x.flatten(0, 1)[self._places()][None] if self.packed else x
+
+    def _places(self) -> Tensor:
+        """(T,) where each token stands in the flattened padded form."""
+        return self.once("places", lambda: self.documents * self.longest + self.positions[0])
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make()` gives, kept for the layers to come: tables that a kernel needs are made once per layout."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
 
-def documents_in(cu_seqlens: Tensor) -> Tensor:
-    """Index (T,) int64 of the document that every token belongs to."""
-    lengths = lengths_of(cu_seqlens)
-    return torch.repeat_interleave(torch.arange(len(lengths), device=cu_seqlens.device), lengths)
-
-
-def real_tokens(cu_seqlens: Tensor) -> Tensor:
-    """Mask (N, L) bool of the padded form: True where document n has a token at position l; L is the longest."""
-    lengths = lengths_of(cu_seqlens)
-    longest = int(lengths.max()) if len(lengths) else 0
-    return torch.arange(longest, device=cu_seqlens.device) < lengths[:, None]
-
-
-def pad_packed(x: Tensor, real: Tensor) -> Tensor:
-    """(1, T, ...) packed -> (N, L, ...) zero-padded on the right; `real` (N, L) is from `real_tokens`."""
-    padded = x.new_zeros(*real.shape, *x.shape[2:])
-    padded[real] = x[0]
-    return padded
-
-
-def unpad(x: Tensor, real: Tensor) -> Tensor:
-    """(N, L, ...) padded -> (1, T, ...) packed."""
-    return x[real][None]
-
-
-def check_cu_seqlens(cu_seqlens: Tensor, batch: int, tokens: int) -> None:
-    """Raise ValueError unless `cu_seqlens` rises from 0 to the `tokens` of a batch of one row."""
+def _checked(bounds: list[int], batch: int, tokens: int) -> list[int]:
     if batch != 1:
         raise ValueError(f"cu_seqlens needs a batch of one packed row, got {batch} rows")
-    bounds = cu_seqlens.tolist()
     if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != tokens or bounds != sorted(bounds):
         raise ValueError(f"cu_seqlens must rise from 0 to {tokens} (the tokens of the row), got {bounds}")
+    return bounds
+
+
+def like_sizes(counts: list[int]) -> list[int]:
+    """Lengths of the runs of like counts in a descending list: padding the members of a run to its longest costs little.
+
+    A count joins a run if it is up to LIKE_SIZE times and 16 smaller than the largest of the run.
+    """
+    sizes, first = [], None
+    for count in counts:
+        if first is not None and count * LIKE_SIZE + 16 >= first:
+            sizes[-1] += 1
+        else:
+            sizes.append(1)
+            first = count
+    return sizes

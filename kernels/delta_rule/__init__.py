@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 
 from kernels.delta_rule import naive
-from kernels.dispatch import choose
-from kernels.sequences import check_cu_seqlens
+from kernels.dispatch import automatic, choose
+from kernels.sequences import Layout
 
 BACKENDS = {
     "naive": "kernels.delta_rule.naive:gated_delta_rule",
-    "torch": "kernels.delta_rule.chunked:gated_delta_rule",
-    "triton": "kernels.delta_rule.chunkwise:gated_delta_rule",
-    "fla": "kernels.delta_rule.flash_linear_attention:gated_delta_rule",
+    "torch": "kernels.delta_rule.torch_chunks:gated_delta_rule",
+    "triton": "kernels.delta_rule.triton_chunks:gated_delta_rule",
+    "triton_recurrent": "kernels.delta_rule.triton_recurrent:gated_delta_rule",
+    "fla": "kernels.delta_rule.fla_chunks:gated_delta_rule",
 }
+SHORT = 64
+"""Without a gradient, sequences of up to so many tokens are run token by token on a GPU, as fla does."""
 
 PREDICT = ("values", "statistics", "none")
 
@@ -30,7 +33,7 @@ def gated_delta_rule(
     beta: Tensor | None = None,
     scale: float | None = None,
     initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | Layout | None = None,
     backend: str = "auto",
     delta: bool = True,
     predict: str = "values",
@@ -44,8 +47,8 @@ def gated_delta_rule(
         beta: (B, T, HV) write strength in [0, 1]; None is 1.
         scale: factor of the output; None is K ** -0.5.
         initial_state: (N, HV, K, V); N is B, or the number of packed sequences; None is zeros.
-        cu_seqlens: (N + 1,) bounds of the sequences packed in the one row (B = 1).
-        backend: `naive`, `torch`, `triton`, `fla` or `auto`.
+        cu_seqlens: (N + 1,) bounds of the sequences packed in the one row (B = 1), or the layout made of them.
+        backend: `naive`, `torch`, `triton`, `triton_recurrent` (no gradient), `fla` or `auto`.
         delta: False writes beta v, not beta (v - p): the additive rule of linear attention.
         predict: what of the predictions is wanted: `values`; `statistics`, the two sums p.v and p.p that a cosine
             needs, without a gradient; or `none`. On a GPU what is not wanted is not written to memory.
@@ -60,19 +63,24 @@ def gated_delta_rule(
     """
     if predict not in PREDICT:
         raise ValueError(f"predict must be one of {', '.join(PREDICT)}, got {predict!r}")
-    backend, run = choose("delta_rule", backend, BACKENDS, v.device)
     _check(q, k, v, g, beta)
+    layout = Layout.of(cu_seqlens, v)
+    given = [x for x in (q, k, v, g, beta, initial_state) if x is not None]
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    short = layout.longest <= SHORT and not differentiable
+    if backend == "auto" and short and automatic(BACKENDS, v.device.type) == "triton":
+        backend = "triton_recurrent"
+    if backend == "triton_recurrent" and differentiable:
+        raise ValueError("backend 'triton_recurrent' of delta_rule gives no gradient; use 'triton'")
+    backend, run = choose("delta_rule", backend, BACKENDS, v.device)
     B, T, HV, V = v.shape
-    K, dtype = k.shape[-1], v.dtype
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, B, T)
+    K, N, dtype = k.shape[-1], len(layout), v.dtype
     exact = torch.float64 if v.dtype == torch.float64 else torch.float32
     groups = HV // k.shape[2]
     if groups > 1:
         q, k = q.repeat_interleave(groups, 2), k.repeat_interleave(groups, 2)
     g = v.new_zeros(B, T, HV, dtype=exact) if g is None else g
     beta = v.new_ones(B, T, HV, dtype=exact) if beta is None else beta
-    N = B if cu_seqlens is None else len(cu_seqlens) - 1
     if initial_state is None:
         initial_state = v.new_zeros(N, HV, K, V, dtype=exact)
     elif initial_state.shape != (N, HV, K, V):
@@ -85,15 +93,15 @@ def gated_delta_rule(
         raise ValueError("backend 'fla' of delta_rule does not give the predictions; pass predict='none'")
     if backend in ("naive", "torch"):  # the others' products take bfloat16 and float16 as they are
         q, k, v = (x.to(exact) for x in (q, k, v))
-    if backend == "torch" and T == 1 and cu_seqlens is None:  # decoding: the definition is the fast form
+    if backend == "torch" and T == 1:  # decoding: the definition is the fast form
         run = naive.gated_delta_rule
-    options = dict(predict=predict) if backend == "triton" else {}
+    options = dict(predict=predict) if backend.startswith("triton") else {}
     with torch.autocast(v.device.type, enabled=False):
         o, prediction, state = run(
             *(q, k, v, g.to(exact), beta.to(exact)),
             scale=K**-0.5 if scale is None else scale,
             initial_state=initial_state.to(exact),
-            cu_seqlens=cu_seqlens,
+            layout=layout,
             delta=delta,
             **options,
         )

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from kernels.sequences import Layout
+
 
 def gated_delta_rule(
     q: Tensor,
@@ -13,12 +15,12 @@ def gated_delta_rule(
     *,
     scale: float,
     initial_state: Tensor,
-    cu_seqlens: Tensor | None,
+    layout: Layout,
     delta: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes as in `kernels.delta_rule.gated_delta_rule`, q and k with as many heads as v; any float dtype."""
-    if cu_seqlens is not None:
-        bounds = cu_seqlens.tolist()
+    if layout.packed:
+        bounds = layout.bounds
         parts = [
             _one_batch(*(x[:, a:b] for x in (q, k, v, g, beta)), scale, initial_state[n : n + 1], delta)
             for n, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False))

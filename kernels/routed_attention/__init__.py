@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import choose
-from kernels.sequences import check_cu_seqlens
+from kernels.sequences import Layout
 
 BACKENDS = {
     "naive": "kernels.routed_attention.naive:routed_attention",
-    "torch": "kernels.routed_attention.gathered:routed_attention",
-    "triton": "kernels.routed_attention.ranked:routed_attention",
+    "torch": "kernels.routed_attention.torch_gathered:routed_attention",
+    "triton": "kernels.routed_attention.triton_ranked:routed_attention",
     "flex": "kernels.routed_attention.flex:routed_attention",
     "flex_ranked": "kernels.routed_attention.flex:ranked",
 }
@@ -27,7 +27,7 @@ def routed_attention(
     stored: Tensor,
     bias: Tensor | None = None,
     scale: float | None = None,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | Layout | None = None,
     window: int = 0,
     backend: str = "auto",
 ) -> Tensor:
@@ -39,7 +39,7 @@ def routed_attention(
         stored: (B, T, H_kv) bool.
         bias: (B, T, H_kv), added to the logits of a key.
         scale: factor of q.k; None is K ** -0.5.
-        cu_seqlens: (N + 1,) bounds of the sequences packed in the one row (B = 1).
+        cu_seqlens: (N + 1,) bounds of the sequences packed in the one row (B = 1), or the layout made of them.
         window: the last `window` tokens, the query's own included, are seen whether they are stored or not.
         backend: `naive`, `torch`, `triton`, `flex`, `flex_ranked` (rivals to measure against) or `auto`.
 
@@ -60,9 +60,8 @@ def routed_attention(
         raise ValueError(f"stored must be bool, got {stored.dtype}")
     if window < 0:
         raise ValueError(f"window must not be negative, got {window}")
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, B, T)
+    layout = Layout.of(cu_seqlens, v)
     if T == 0:
         return v.new_zeros(B, 0, q.shape[2], v.shape[3])
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    return run(q, k, v, stored, bias, scale=scale, cu_seqlens=cu_seqlens, window=window).to(v.dtype)
+    return run(q, k, v, stored, bias, scale=scale, layout=layout, window=window).to(v.dtype)

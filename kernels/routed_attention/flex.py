@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from kernels.routed_attention.ranked import plan
+from kernels.routed_attention.triton_ranked import plan
+from kernels.sequences import Layout
 
 BLOCK = 128
 
@@ -24,13 +25,13 @@ def routed_attention(
     bias: Tensor | None,
     *,
     scale: float,
-    cu_seqlens: Tensor | None,
+    layout: Layout,
     window: int,
 ) -> Tensor:
     """Shapes as in `kernels.routed_attention.routed_attention`; q, k and v of one dtype."""
     B, T, H = stored.shape
     groups = q.shape[2] // H
-    *_, low, high, starts, _ = plan(stored, cu_seqlens, window)
+    *_, low, high, starts, _ = plan(stored, layout, window)
     kept = stored.transpose(1, 2).contiguous()  # (B, H, T)
 
     def seen(b, h, i, j):
@@ -52,7 +53,7 @@ def ranked(
     bias: Tensor | None,
     *,
     scale: float,
-    cu_seqlens: Tensor | None,
+    layout: Layout,
     window: int,
 ) -> Tensor:
     """The same over gathered keys; raises ValueError for a window."""
@@ -60,7 +61,7 @@ def ranked(
         raise ValueError("backend 'flex_ranked' of routed_attention has no window")
     B, T, H = stored.shape
     groups = q.shape[2] // H
-    index, _, low, high, *_ = plan(stored, cu_seqlens, 0)
+    index, _, low, high, *_ = plan(stored, layout, 0)
     place = index.long().view(B, H, T).transpose(1, 2)  # (B, T, H) position of every rank
     k, v = (x.gather(1, place[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (k, v))
     bias = None if bias is None else bias.gather(1, place)

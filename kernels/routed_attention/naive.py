@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.sequences import documents_in
+from kernels.sequences import Layout
 
 
 def routed_attention(
@@ -14,7 +14,7 @@ def routed_attention(
     bias: Tensor | None,
     *,
     scale: float,
-    cu_seqlens: Tensor | None,
+    layout: Layout,
     window: int,
 ) -> Tensor:
     """Shapes as in `kernels.routed_attention.routed_attention`; any float dtype."""
@@ -24,8 +24,8 @@ def routed_attention(
     behind = token[:, None] - token  # how far the key j lies behind the query t   (T, T)
     seen = stored.transpose(1, 2)[:, :, None, :] | (behind < window)
     seen = seen & (behind >= 0)
-    if cu_seqlens is not None:
-        document = documents_in(cu_seqlens)
+    if layout.packed:
+        document = layout.documents
         seen = seen & (document[:, None] == document)
     logits = torch.einsum("bthk,bjhk->bhtj", q, k) * scale
     if bias is not None:

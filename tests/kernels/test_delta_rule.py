@@ -12,8 +12,9 @@ from torch.nn.functional import normalize
 from torch.testing import assert_close
 
 from kernels import dispatch
-from kernels.delta_rule import BACKENDS, chunked, chunkwise, gated_delta_rule
-from kernels.delta_rule.chunkwise_forward import inverse
+from kernels.delta_rule import BACKENDS, gated_delta_rule, torch_chunks, triton_chunks
+from kernels.delta_rule.triton_forward import inverse
+from kernels.sequences import Layout
 
 
 @triton.jit
@@ -23,6 +24,7 @@ def inverse_of(matrix, x, C: tl.constexpr):
 
 
 AVAILABLE = [name for name in BACKENDS if not dispatch.unavailable(name, "cpu")]
+AVAILABLE.remove("triton_recurrent")  # gives no gradient, and has tests of its own
 FAST = [name for name in AVAILABLE if name != "naive"]
 INPUTS = ("q", "k", "v", "g", "beta", "initial_state")
 OUTPUTS = ("o", "prediction", "final_state")
@@ -119,7 +121,7 @@ small_shapes = st.fixed_dictionaries(  # the interpreter is slow
 def small_chunks():
     """Chunks of 32 in the Triton kernels: more of them in as many tokens."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunkwise, "chunk_size", lambda K, V: 32)
+        patch.setattr(triton_chunks, "chunk_size", lambda K, V: 32)
         yield
 
 
@@ -235,13 +237,60 @@ def test_the_operator_is_sound(small_chunks):
     torch.library.opcheck(torch.ops.lightning_mixers.gated_delta_rule, (*flat, state, bounds, 0.5, True, 1))
 
 
+class TestTokenByToken:
+    """The Triton kernel for short calls without a gradient."""
+
+    @settings(max_examples=8)
+    @given(
+        shape=small_shapes,
+        lengths=lengths_of_documents,
+        delta=st.booleans(),
+        predict=st.sampled_from(["values", "statistics", "none"]),
+        dtype=st.sampled_from([torch.float64, torch.float32]),
+    )
+    def test_it_is_the_definition(self, shape, lengths, delta, predict, dtype, no_stale_memory):
+        bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        inputs = {name: x.detach() for name, x in make(T=sum(lengths), N=len(lengths), **shape, dtype=dtype).items()}
+        options = dict(delta=delta, cu_seqlens=bounds, predict=predict)
+        ours = gated_delta_rule(**inputs, **options, backend="triton_recurrent")
+        golden = gated_delta_rule(**{n: x.double() for n, x in inputs.items()}, **options, backend="naive")
+        for one, other in zip(ours, golden, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                size = 1 + other.abs().max().item() if other.numel() else 1
+                tolerance = size * (1e-12 if dtype == torch.float64 else 1e-5)
+                assert_close(one.double(), other, rtol=0, atol=tolerance)
+
+    def test_several_blocks_of_values(self):
+        inputs = {name: x.detach() for name, x in make(B=2, T=3, H=1, K=130, V=70).items()}
+        for predict in ("values", "statistics"):
+            ours = gated_delta_rule(**inputs, predict=predict, backend="triton_recurrent")
+            for one, other in zip(ours, gated_delta_rule(**inputs, predict=predict, backend="naive"), strict=True):
+                assert_close(one, other, rtol=0, atol=1e-11)
+
+    def test_auto_takes_it_for_short_calls_without_a_gradient(self, monkeypatch):
+        monkeypatch.setitem(dispatch.PREFERENCE, "cpu", ("triton", "torch"))
+
+        def ran(T, differentiable):
+            inputs = {name: x.detach().requires_grad_(differentiable) for name, x in make(T=T).items()}
+            gated_delta_rule(**inputs)
+            return dispatch.CHOSEN["delta_rule"]
+
+        assert ran(1, False) == ran(64, False) == "triton_recurrent"
+        assert ran(65, False) == ran(1, True) == "triton"
+
+    def test_a_gradient_is_refused(self):
+        with pytest.raises(ValueError, match="'triton_recurrent' of delta_rule gives no gradient; use 'triton'"):
+            gated_delta_rule(**make(), backend="triton_recurrent")
+
+
 @pytest.mark.parametrize("delta", [True, False])
 def test_chunked_gradients_are_those_of_finite_differences(delta):
     inputs = make(T=5, H=1, K=2, V=3)
-    options = {"scale": 0.7, "cu_seqlens": None, "delta": delta, "chunk_size": 2}
+    options = {"scale": 0.7, "layout": Layout.of(None, inputs["v"]), "delta": delta, "chunk_size": 2}
 
     def function(q, k, v, g, beta, initial_state):
-        return chunked.gated_delta_rule(q, k, v, g, beta, initial_state=initial_state, **options)
+        return torch_chunks.gated_delta_rule(q, k, v, g, beta, initial_state=initial_state, **options)
 
     assert torch.autograd.gradcheck(function, list(inputs.values()))
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
-from kernels.routed_attention import flex, gathered, ranked, routed_attention
+from kernels.routed_attention import flex, routed_attention, torch_gathered, triton_ranked
+from kernels.sequences import Layout, like_sizes
 
 USAGES = [0.0, 0.05, 0.5, 1.0]
 PATHS = ["gathered", "masked"]
@@ -17,15 +18,15 @@ PATHS = ["gathered", "masked"]
 def path(request):
     """The torch backend kept to one of its paths, in small blocks; the gathered one fails if it falls back."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gathered, "DENSE_BELOW", 0 if request.param == "gathered" else 1_000_000)
-        patch.setattr(gathered, "QUERY_BLOCK", 7)
-        masked = gathered._masked
+        patch.setattr(torch_gathered, "DENSE_BELOW", 0 if request.param == "gathered" else 1_000_000)
+        patch.setattr(torch_gathered, "QUERY_BLOCK", 7)
+        masked = torch_gathered._masked
 
         def only_with_a_window(q, k, v, stored, bias, scale, window):
             assert window or request.param == "masked"
             return masked(q, k, v, stored, bias, scale, window)
 
-        patch.setattr(gathered, "_masked", only_with_a_window)
+        patch.setattr(torch_gathered, "_masked", only_with_a_window)
         yield request.param
 
 
@@ -113,7 +114,7 @@ def test_usages_even_and_skewed(path, usages, bias):
 def in_triton(no_stale_memory):
     """Small blocks, so that there are several."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranked, "blocks", lambda *args, **kw: (16, 16, 4))
+        patch.setattr(triton_ranked, "blocks", lambda *args, **kw: (16, 16, 4))
         yield {"backend": "triton", "tolerance": 1e-11}
 
 
@@ -162,14 +163,14 @@ class TestTriton:
         """Fake tensors, autograd registration and aliasing, as torch.compile and FSDP rely on them."""
         inputs = {n: x.float() if x.is_floating_point() else x for n, x in make(T=20, bias=True).items()}
         parts = [inputs[name].detach().requires_grad_() for name in ("q", "k", "v", "bias")]
-        arguments = (*parts, *ranked.plan(inputs["stored"], None, window), 0.5, window)
+        arguments = (*parts, *triton_ranked.plan(inputs["stored"], Layout.of(None, inputs["stored"]), window), 0.5, window)
         torch.library.opcheck(torch.ops.lightning_mixers.routed_attention, arguments)
 
     @pytest.mark.parametrize("window", [0, 4])
     def test_the_plan_counts_what_is_seen(self, window):
         """Ranks low to high, and the window, are the keys of the definition's mask."""
         stored, bounds = torch.rand(1, 30, 2) < 0.4, torch.tensor([0, 11, 11, 30])
-        index, counts, low, high, starts, ends = ranked.plan(stored, bounds, window)
+        index, counts, low, high, starts, ends = triton_ranked.plan(stored, Layout.of(bounds, stored), window)
         for row, kept in enumerate(stored[0].T):
             positions = kept.nonzero()[:, 0]
             assert torch.equal(index[row, : counts[row]].long(), positions)
@@ -214,7 +215,7 @@ class TestFlex:
         over_all, over_ranks = ((mask.to_dense() > 0) for mask in masks)
         blocks = -(-T // flex.BLOCK)
         assert torch.equal(over_all[0, 0], torch.ones(blocks, blocks, dtype=torch.bool).tril())
-        high = ranked.plan(stored, None, 0).high.view(2, 2, T)
+        high = triton_ranked.plan(stored, Layout.of(None, stored), 0).high.view(2, 2, T)
         for b, h, block in [(b, h, n) for b in range(2) for h in range(2) for n in range(blocks)]:
             most = int(high[b, h, : (block + 1) * flex.BLOCK][-1])
             assert over_ranks[b, h, block].sum() == -(-most // flex.BLOCK)
@@ -230,7 +231,7 @@ def test_single_precision(path):
 
 def test_beyond_the_length_where_gathering_begins():
     """As it comes, with more than one block of queries."""
-    T = max(gathered.DENSE_BELOW, gathered.QUERY_BLOCK) + 9
+    T = max(torch_gathered.DENSE_BELOW, torch_gathered.QUERY_BLOCK) + 9
     check_against_the_definition(make(T=T, H=2, K=2, V=2, usages=(0.02, 0.3)))
 
 
@@ -318,5 +319,5 @@ def test_an_unknown_backend_is_refused():
 
 
 def test_rows_are_grouped_by_like_size():
-    assert gathered.like_sizes([1000, 900, 810, 500, 12, 0, 0]) == [3, 1, 3]
-    assert gathered.like_sizes([5]) == [1]
+    assert like_sizes([1000, 900, 810, 500, 12, 0, 0]) == [3, 1, 3]
+    assert like_sizes([5]) == [1]

@@ -1,4 +1,4 @@
-"""Triton kernels of the gated delta rule, forward. The equations and the letters are those of `chunked.py`.
+"""Triton kernels of the gated delta rule, forward. The equations and the letters are those of `torch_chunks.py`.
 
 Three launches: `prepare` (per chunk: the triangular inverse X and what needs no state), `scan` (per sequence: states in
 order, the writes U) and `read` (per chunk: predictions and outputs). A chunk never crosses the end of a sequence; chunk

@@ -8,7 +8,7 @@ chunk: of q, k and g). The last two are apart since their sums together do not f
 import triton
 import triton.language as tl
 
-from kernels.delta_rule.chunkwise_forward import decays, put_rows, rows_of, scalars_of, strict, sums
+from kernels.delta_rule.triton_forward import decays, put_rows, rows_of, scalars_of, strict, sums
 
 
 @triton.jit

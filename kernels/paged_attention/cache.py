@@ -1,4 +1,7 @@
-"""Keys and values in pages from one pool: memory follows what every row stores, though rows differ wildly."""
+"""Keys and values in pages from one pool: memory follows what every row stores, though rows differ wildly.
+
+A row is a sequence's head. It holds as many pages of PAGE tokens as it stored tokens need, and a page it may yet need.
+"""
 
 from dataclasses import dataclass, field, replace
 
@@ -16,7 +19,6 @@ class PagedCache:
 
     `append` gives a new cache and leaves the old one as it was, though both share their pages: what is new lies behind
     what the old one holds. Only the latest of such a family may write there; an older one copies its pages first.
-    `kernels.decode.step` and `naive.put` write in place.
 
     Attributes:
         k, v: (pages, PAGE, K or V); page 0 belongs to nobody: what is not stored is written there.
@@ -87,15 +89,21 @@ class PagedCache:
         return self
 
     def append(self, k: Tensor, v: Tensor, stored: Tensor) -> "PagedCache":
-        """The cache with more tokens: k (R, T, K) and v (R, T, V) where `stored` (R, T) is True, in order."""
+        """The cache with more tokens: k (R, T, K) and v (R, T, V) where `stored` (R, T) is True, in order.
+
+        One token a row is appended without waiting for the device, but for every PAGE-th time; of several, it is asked
+        how many are stored, so that there are pages for those and no more.
+        """
         T = stored.shape[1]
+        if not stored.numel():
+            return self
         counts = stored.sum(1, dtype=torch.int32)
         if not self._may_write(k):
             self = self.select(torch.arange(len(counts), device=counts.device))
-        if counts.is_cuda and self.room < T:
-            self = self.reserve(max(T, PAGE))
-        elif not counts.is_cuda:
+        if T > 1:
             self = self.reserve(counts)
+        elif self.room < 1:
+            self = self.reserve(PAGE)
         if self.table.shape[1] == 0:
             return self  # nothing is stored, and nothing ever was
         place = self.length[:, None] + stored.cumsum(1, dtype=torch.int32) - 1  # (R, T) within the row
@@ -106,7 +114,12 @@ class PagedCache:
         slot = (place // PAGE).clamp(0, slots - 1).long()
         table = torch.nn.functional.pad(self.table, (0, 1))  # a column for those that begin none
         table = table.scatter(1, torch.where(begins, slot, slots), page)[:, :slots].contiguous()
-        at = torch.where(stored, table.gather(1, slot), 0).long(), torch.where(stored, place % PAGE, 0).long()
+        if T > 1:  # what is stored, and nothing else, is written
+            row, token = stored.nonzero(as_tuple=True)
+            at = table[row, slot[row, token]].long(), (place[row, token] % PAGE).long()
+            k, v = k[row, token], v[row, token]
+        else:
+            at = torch.where(stored, table.gather(1, slot), 0).long(), torch.where(stored, place % PAGE, 0).long()
         self.k[at], self.v[at] = k.to(self.k.dtype), v.to(self.v.dtype)
         self.newest[0] += 1
         return replace(
@@ -114,7 +127,7 @@ class PagedCache:
             table=table,
             length=self.length + counts,
             used=self.used + taken[-1, -1],
-            room=max(self.room - T, 0),
+            room=self.room - 1 if T == 1 else 0,
             version=self.newest[0],
         )
 

@@ -7,9 +7,10 @@ room for the most chunks that there can be, so that nothing waits for the host.
 import torch
 from torch import Tensor
 
-from kernels.delta_rule import chunkwise_backward as backward_kernels
-from kernels.delta_rule import chunkwise_forward as forward_kernels
+from kernels.delta_rule import triton_backward as backward_kernels
+from kernels.delta_rule import triton_forward as forward_kernels
 from kernels.dispatch import interpreted
+from kernels.sequences import Layout
 
 PREDICT = {"none": 0, "values": 1, "statistics": 2}
 
@@ -25,7 +26,7 @@ def gated_delta_rule(
     *,
     scale: float,
     initial_state: Tensor,
-    cu_seqlens: Tensor | None,
+    layout: Layout,
     delta: bool,
     predict: str = "values",
 ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -34,14 +35,23 @@ def gated_delta_rule(
     B, T = v.shape[:2]
     if interpreted() and v.dtype in (torch.float16, torch.bfloat16):
         v = v.float()  # the interpreter's arithmetic on bfloat16 is wrong (triton issue 11584)
-    if cu_seqlens is None:
-        cu_seqlens = torch.arange(0, (B + 1) * T, T, device=v.device, dtype=torch.int32)
+    cu_seqlens = bounds_of(layout)
     flat = (x.flatten(0, 1).contiguous() for x in (q.to(v.dtype), k.to(v.dtype), v, g, beta))
-    o, p, state, *_ = _forward(*flat, initial_state.contiguous(), cu_seqlens.int(), scale, delta, PREDICT[predict])
+    o, p, state, *_ = _forward(*flat, initial_state.contiguous(), cu_seqlens, scale, delta, PREDICT[predict])
     o = o.unflatten(0, (B, T))
     if predict != "values":
         p = p.detach()
     return o, None if predict == "none" else p.unflatten(0, (B, T)), state
+
+
+def bounds_of(layout: Layout) -> Tensor:
+    """(N + 1,) int32: where every sequence begins in the flattened (B * T), and the end."""
+
+    def rows() -> Tensor:
+        B, T = layout.batch, layout.tokens
+        return torch.arange(0, (B + 1) * T, T, device=layout.lengths.device, dtype=torch.int32)
+
+    return layout.cu_seqlens if layout.packed else layout.once("rows", rows)
 
 
 def chunk_size(K: int, V: int) -> int:

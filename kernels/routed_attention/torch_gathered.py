@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.sequences import pad_packed, real_tokens, unpad
+from kernels.sequences import Layout, like_sizes
 
 DENSE_BELOW = 512  # shorter sequences are cheaper as one masked product than as many small gathered ones
 QUERY_BLOCK = 512
-LIKE_SIZE = 1.25  # rows that store up to this many times fewer tokens than the fullest of a group join it
 
 
 def routed_attention(
@@ -24,15 +23,12 @@ def routed_attention(
     bias: Tensor | None,
     *,
     scale: float,
-    cu_seqlens: Tensor | None,
+    layout: Layout,
     window: int,
 ) -> Tensor:
     """Shapes as in `kernels.routed_attention.routed_attention`; any dtype that scaled_dot_product_attention takes."""
-    if cu_seqlens is not None:
-        real = real_tokens(cu_seqlens)
-        q, k, v, stored = (pad_packed(x, real) for x in (q, k, v, stored))
-        bias = None if bias is None else pad_packed(bias, real)
-        return unpad(routed_attention(q, k, v, stored, bias, scale=scale, cu_seqlens=None, window=window), real)
+    q, k, v, stored = (layout.pad(x) for x in (q, k, v, stored))
+    bias = None if bias is None else layout.pad(bias)
     T = q.shape[1]
     q = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4)  # (B, H_kv, groups, T, K)
     k, v, stored = (x.transpose(1, 2) for x in (k, v, stored))  # (B, H_kv, T, ...)
@@ -40,7 +36,7 @@ def routed_attention(
     # a window makes every key near some query visible, stored or not: gathering would save little
     attend = _masked if window or T <= DENSE_BELOW else _gathered
     o = attend(q, k, v, stored, bias, scale, window)
-    return o.permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return layout.unpad(o.permute(0, 3, 1, 2, 4).flatten(2, 3))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
@@ -103,18 +99,6 @@ def _gathered(q, k, v, stored, bias, scale, _window):
         some_bias = None if bias is None else bias[rows]
         outputs.append(_one_group(q[rows], k[rows], v[rows], stored[rows], some_bias, scale))
     return torch.cat(outputs)[torch.argsort(order)].unflatten(0, shape)
-
-
-def like_sizes(counts: list[int]) -> list[int]:
-    """Lengths of the runs of like counts in a descending list."""
-    sizes, first = [], None
-    for count in counts:
-        if first is not None and count * LIKE_SIZE + 16 >= first:
-            sizes[-1] += 1
-        else:
-            sizes.append(1)
-            first = count
-    return sizes
 
 
 def _one_group(q, k, v, stored, bias, scale):

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.delta_rule.layout import chunk_layout
+from kernels.delta_rule.chunk_layout import chunk_layout
+from kernels.sequences import Layout
 
 
 def gated_delta_rule(
@@ -36,12 +37,12 @@ def gated_delta_rule(
     *,
     scale: float,
     initial_state: Tensor,
-    cu_seqlens: Tensor | None,
+    layout: Layout,
     delta: bool,
     chunk_size: int = 16,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes as in `kernels.delta_rule.gated_delta_rule`, q and k with as many heads as v; float32 or float64."""
-    split, join, sizes, order = chunk_layout(v, cu_seqlens, chunk_size)
+    split, join, sizes, order = chunk_layout(layout, v.shape[2], chunk_size)
     sizes = [n * v.shape[2] for n in sizes]
     state = initial_state if order is None else initial_state[order]
     o, p, state = _Chunks.apply(q, k, v, g, beta, state.flatten(0, 1), scale, delta, split, join, sizes)

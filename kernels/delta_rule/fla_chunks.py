@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from kernels.sequences import Layout
+
 
 def gated_delta_rule(
     q: Tensor,
@@ -12,7 +14,7 @@ def gated_delta_rule(
     *,
     scale: float,
     initial_state: Tensor,
-    cu_seqlens: Tensor | None,
+    layout: Layout,
     delta: bool,
 ) -> tuple[Tensor, None, Tensor]:
     """Shapes as in `kernels.delta_rule.gated_delta_rule`; float16, bfloat16 or float32. Raises ValueError for the
@@ -30,6 +32,6 @@ def gated_delta_rule(
         scale=scale,
         initial_state=initial_state,
         output_final_state=True,
-        cu_seqlens=None if cu_seqlens is None else cu_seqlens.long(),
+        cu_seqlens=layout.cu_seqlens.long() if layout.packed else None,
     )
     return o, None, state

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.dispatch import interpreted
-from kernels.routed_attention import ranked_kernels as kernels
-from kernels.sequences import lengths_of
+from kernels.routed_attention import triton_kernels as kernels
+from kernels.sequences import Layout
 
 
 class Plan(NamedTuple):
@@ -32,7 +32,7 @@ class Plan(NamedTuple):
     ends: Tensor
 
 
-def plan(stored: Tensor, cu_seqlens: Tensor | None, window: int) -> Plan:
+def plan(stored: Tensor, layout: Layout, window: int) -> Plan:
     """The plan of `stored` (B, T, H_kv)."""
     B, T, H = stored.shape
     rows = stored.transpose(1, 2).reshape(B * H, T)
@@ -40,14 +40,17 @@ def plan(stored: Tensor, cu_seqlens: Tensor | None, window: int) -> Plan:
     token = torch.arange(T, device=stored.device, dtype=torch.int32)
     place = torch.where(rows, before[:, :-1], T).long()  # T: dropped
     index = before.new_zeros(B * H, T + 1).scatter_(1, place, token.expand(B * H, T))[:, :T].contiguous()
-    if cu_seqlens is None:
-        starts, ends = token.new_zeros(B, T), token.new_full((B, T), T)
-    else:
-        bounds = (cu_seqlens[:-1].int(), cu_seqlens[1:].int())
-        starts, ends = (torch.repeat_interleave(x, lengths_of(cu_seqlens), output_size=T)[None] for x in bounds)
+    starts, ends = layout.once("ends", lambda: _ends(layout, token))
     low = before.gather(1, starts.repeat_interleave(H, 0).long())
     high = before[:, (token + 1 - window).clamp(min=0).long()]
-    return Plan(index, before[:, -1].contiguous(), low, high.contiguous(), starts.contiguous(), ends.contiguous())
+    return Plan(index, before[:, -1].contiguous(), low, high.contiguous(), starts, ends)
+
+
+def _ends(layout: Layout, token: Tensor) -> tuple[Tensor, Tensor]:
+    B, T = layout.batch, layout.tokens
+    if not layout.packed:
+        return token.new_zeros(B, T), token.new_full((B, T), T)
+    return layout.per_token(layout.cu_seqlens[:-1]), layout.per_token(layout.cu_seqlens[1:])
 
 
 def routed_attention(
@@ -58,7 +61,7 @@ def routed_attention(
     bias: Tensor | None,
     *,
     scale: float,
-    cu_seqlens: Tensor | None,
+    layout: Layout,
     window: int,
 ) -> Tensor:
     """Shapes as in `kernels.routed_attention.routed_attention`; K and V up to 256; float16, bfloat16, float32 or
@@ -69,7 +72,7 @@ def routed_attention(
     q, k, v = (x.to(dtype).contiguous() for x in (q, k, v))
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     bias = None if bias is None else bias.to(exact).contiguous()
-    return _forward(q, k, v, bias, *plan(stored, cu_seqlens, window), scale, window)[0]
+    return _forward(q, k, v, bias, *plan(stored, layout, window), scale, window)[0]
 
 
 def blocks(K: int, V: int, dtype: torch.dtype, *, keys: bool = False, window: int = 0) -> tuple[int, int, int]:

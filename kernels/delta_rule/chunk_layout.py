@@ -6,24 +6,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.sequences import lengths_of
+from kernels.sequences import Layout
 
 
 def chunk_layout(
-    v: Tensor, cu_seqlens: Tensor | None, C: int
+    layout: Layout, H: int, C: int
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], list[int], Tensor | None]:
-    """(split, join, sizes, order) for tensors shaped like v (B, T, H, ...).
+    """(split, join, sizes, order) for tensors (B, T, H, ...).
 
     `split` maps (B, T, H, ...) to (chunks, H, C, ...), time-major, short chunks filled with zeros: a zero key, value,
     write strength and log-decay leave the state as it is. (Of a dense batch it is a view, with steps and B in place of
     chunks.) `join` maps (chunks * H, C, ...) back. `sizes` counts the chunks of every step; `order` lists the
     sequences, longest first (None: as they are).
     """
-    return _dense(v, C) if cu_seqlens is None else _packed(v, cu_seqlens, C)
+    return layout.once(("chunks", H, C), lambda: _packed(layout, H, C) if layout.packed else _dense(layout, H, C))
 
 
-def _dense(v: Tensor, C: int):
-    B, T, H = v.shape[:3]
+def _dense(layout: Layout, H: int, C: int):
+    B, T = layout.batch, layout.tokens
     steps = -(-T // C)
 
     def split(x: Tensor) -> Tensor:
@@ -37,17 +37,17 @@ def _dense(v: Tensor, C: int):
     return split, join, [B] * steps, None
 
 
-def _packed(v: Tensor, cu_seqlens: Tensor, C: int):
-    T, H = v.shape[1:3]
-    lengths, order = lengths_of(cu_seqlens).sort(descending=True, stable=True)
-    step = torch.arange(int(lengths.max() + C - 1) // C, device=v.device)[:, None]
+def _packed(layout: Layout, H: int, C: int):
+    T, device = layout.tokens, layout.lengths.device
+    lengths, order = layout.lengths.sort(descending=True, stable=True)
+    step = torch.arange(-(-layout.longest // C), device=device)[:, None]
     live = step * C < lengths  # (steps, N): which sequences have a chunk of that step
-    sequence = torch.arange(len(lengths), device=v.device).expand_as(live)[live]
-    within = step.expand_as(live)[live][:, None] * C + torch.arange(C, device=v.device)  # (chunks, C)
+    sequence = torch.arange(len(lengths), device=device).expand_as(live)[live]
+    within = step.expand_as(live)[live][:, None] * C + torch.arange(C, device=device)  # (chunks, C)
     real = within < lengths[sequence, None]
-    index = torch.where(real, cu_seqlens.long()[order][sequence, None] + within, T)  # T: a row of zeros
-    back = torch.empty(T, dtype=torch.long, device=v.device)
-    back[index[real]] = torch.arange(index.numel(), device=v.device)[real.flatten()]
+    index = torch.where(real, layout.cu_seqlens.long()[order][sequence, None] + within, T)  # T: a row of zeros
+    back = torch.empty(T, dtype=torch.long, device=device)
+    back[index[real]] = torch.arange(index.numel(), device=device)[real.flatten()]
 
     def split(x: Tensor) -> Tensor:
         x = F.pad(x[0], (0, 0) * (x.dim() - 2) + (0, 1))

@@ -1,0 +1,38 @@
+"""Attention to keys and values that lie in pages, as many pages for a row (a sequence's head) as it stores.
+
+    o = sum_j softmax_j(scale q.k_j) v_j        over the tokens j that the row holds; 0 if it holds none
+"""
+
+from torch import Tensor
+
+from kernels.dispatch import choose
+from kernels.paged_attention.cache import PAGE as PAGE
+from kernels.paged_attention.cache import PagedCache as PagedCache
+
+BACKENDS = {
+    "naive": "kernels.paged_attention.naive:attend",
+    "torch": "kernels.paged_attention.torch_pages:attend",
+    "triton": "kernels.paged_attention.triton_pages:attend",
+}
+
+
+def attend(q: Tensor, cache: PagedCache, *, scale: float = 1.0, backend: str = "auto") -> Tensor:
+    """Attention of the queries of every row to what the row holds.
+
+    Args:
+        q: (R, G, K), G queries a row.
+        cache: of R rows.
+        scale: factor of q.k.
+        backend: `naive`, `torch`, `triton` or `auto`.
+
+    Returns:
+        (R, G, V) in the dtype of q; exact zeros for a row that holds nothing.
+
+    Raises:
+        ValueError: shapes that do not fit; a backend that does not exist or is not available.
+    """
+    if q.ndim != 3 or q.shape[0] != len(cache.length) or q.shape[2] != cache.k.shape[2]:
+        rows, K = len(cache.length), cache.k.shape[2]
+        raise ValueError(f"q must be ({rows}, G, {K}) (rows of the cache, queries, K), got {tuple(q.shape)}")
+    _, run = choose("paged_attention", backend, BACKENDS, q.device)
+    return run(q, cache, scale=scale)
