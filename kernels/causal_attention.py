@@ -14,14 +14,21 @@ from kernels.sequences import Layout, like_sizes
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | Layout | None = None, window: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | Layout | None = None,
+    *,
+    scale: float | None = None,
+    window: int = 0,
 ) -> Tensor:
-    """Attend from every token to itself and the earlier ones of its sequence, logits scaled by K ** -0.5.
+    """Attend from every token to itself and the earlier ones of its sequence.
 
     Args:
         q: (B, T, H, K).
         k, v: (B, T, H_kv, K), H a multiple of H_kv.
         cu_seqlens: (N + 1,) bounds of the sequences packed in the one row (B = 1), or the layout made of them.
+        scale: factor of q.k; None is K ** -0.5.
         window: see the last `window` tokens only, the query's own included; 0 sees all.
 
     Returns:
@@ -32,14 +39,14 @@ def causal_attention(
     """
     layout = Layout.of(cu_seqlens, q)
     if not layout.packed:
-        return _dense(q, k, v, window)
+        return _dense(q, k, v, scale, window)
     if _varlen_takes(q):
         from torch.nn.attention.varlen import varlen_attn
 
         bounds, longest = layout.cu_seqlens, layout.longest
         o = varlen_attn(
             q[0], k[0], v[0], bounds, bounds, longest, longest,
-            window_size=(window - 1 if window else -1, 0), enable_gqa=k.shape[2] < q.shape[2],
+            scale=scale, window_size=(window - 1 if window else -1, 0), enable_gqa=k.shape[2] < q.shape[2],
         )  # fmt: skip
         return o[None]
     lengths = [b - a for a, b in zip(layout.bounds, layout.bounds[1:], strict=False)]
@@ -51,14 +58,14 @@ def causal_attention(
         tokens = torch.arange(longest, device=q.device)
         starts, ends = (torch.tensor([layout.bounds[n + i] for n in group], device=q.device)[:, None] for i in (0, 1))
         place = starts + tokens  # padding reads what comes next; causality hides it from the sequence's own tokens
-        o = _dense(*(x[0][place.clamp(max=layout.tokens - 1)] for x in (q, k, v)), window)
+        o = _dense(*(x[0][place.clamp(max=layout.tokens - 1)] for x in (q, k, v)), scale, window)
         real = place < ends
         outputs.append(o[real])
         places.append(place[real])
     return torch.cat(outputs)[torch.cat(places).argsort()][None]
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int) -> Tensor:
     T, mask = q.shape[1], None
     if 0 < window < T:
         token = torch.arange(T, device=q.device)
@@ -66,9 +73,8 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         mask = (behind >= 0) & (behind < window)
     gqa = k.shape[2] < q.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa).transpose(
-        1, 2
-    )
+    options = dict(attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa)
+    return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
 
 
 def _varlen_takes(q: Tensor) -> bool:

@@ -74,6 +74,10 @@ class Layout:
             return x[:, None]
         return torch.repeat_interleave(x, self.lengths, 0, output_size=self.tokens)[None]
 
+    def positions_after(self, length: Tensor | None) -> Tensor:
+        """(B, T) int64, positions where `length` (N,) tokens of every sequence came before."""
+        return self.positions if length is None else self.positions + self.per_token(length)
+
     @property
     def real(self) -> Tensor:
         """(N, longest) bool: where the padded form of the sequences holds a token."""
@@ -110,7 +114,7 @@ def _checked(bounds: list[int], batch: int, tokens: int) -> list[int]:
 
 
 def like_sizes(counts: list[int]) -> list[int]:
-    """Lengths of the runs of like counts in a descending list: padding the members of a run to its longest costs little.
+    """Lengths of the runs of like counts in a descending list: padding a run to its longest costs little.
 
     A count joins a run if it is up to LIKE_SIZE times and 16 smaller than the largest of the run.
     """

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from mixers.backbone import Decoder
-from mixers.base import kv_cache_bytes, state_bytes
 from mixers.registry import SpecError, check_positive
+from mixers.state import kv_cache_bytes, state_bytes
 
 PREFILL = 2048
 

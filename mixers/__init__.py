@@ -14,9 +14,9 @@ from mixers.registry import SpecError, build_mixer, list_mixers, list_routers, r
 _LAZY = {
     "Mixer": "mixers.base",
     "MixerOutput": "mixers.base",
-    "MixerState": "mixers.base",
+    "MixerState": "mixers.state",
     "Routing": "mixers.base",
-    "kv_cache_bytes": "mixers.base",
+    "kv_cache_bytes": "mixers.state",
     "Router": "mixers.routers.base",
     "RouterInputs": "mixers.routers.base",
     "allocate": "mixers.allocation",

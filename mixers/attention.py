@@ -3,16 +3,25 @@
 y_t = W_o sum_{j<=t} softmax_j(q_t.k_j / sqrt(K)) v_j         j > t - window where there is one
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from kernels.sequences import pad_packed, positions_in, real_tokens, unpad
-from mixers.base import Mixer, MixerOutput, MixerState
-from mixers.gated_delta_net import new_tokens
-from mixers.kv_cache import KVCache
+from kernels.sequences import Layout
+from mixers.base import Mixer, MixerOutput
+from mixers.caches.paged import KVCache, attend_new
 from mixers.layers import ShortConvolution, rotary
 from mixers.registry import SpecError, check_positive
+from mixers.state import MixerState
+
+
+@dataclass
+class AttentionState(MixerState):
+    """Keys and values of all tokens, and the tail (N, taps - 1, channels) of the convolution if there is one."""
+
+    kv: KVCache
+    conv: Tensor | None = None
 
 
 class Attention(Mixer):
@@ -63,14 +72,13 @@ class Attention(Mixer):
 
     def init_state(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> MixerState:
+    ) -> AttentionState:
         weight = self.out.weight
         like = dict(dtype=dtype or weight.dtype, device=device or weight.device)
+        length = torch.zeros(batch_size, dtype=torch.long, device=like["device"])
         cache = KVCache.empty(batch_size, self.num_kv_heads, self.head_dim, self.head_dim, **like)
-        conv = None
-        if self.conv is not None:
-            conv = torch.zeros(batch_size, self.conv.taps - 1, self.qkv.out_features, **like)
-        return MixerState(torch.zeros(batch_size, dtype=torch.long, device=like["device"]), conv=conv, kv=cache)
+        conv = None if self.conv is None else self.conv.init_state(batch_size, **like)
+        return AttentionState(length, cache, conv)
 
     def full_kv_bytes(self) -> int:
         return 2 * self.num_kv_heads * self.head_dim * self.out.weight.element_size()
@@ -79,48 +87,18 @@ class Attention(Mixer):
         parts = self.qkv.weight.split([heads * self.head_dim for heads in self.heads])
         return dict(zip("qkv", parts, strict=True)) | {"o": self.out.weight}
 
-    def mix(self, x: Tensor, state: MixerState | None, cu_seqlens: Tensor | None) -> MixerOutput:
+    def mix(self, x: Tensor, state: AttentionState | None, layout: Layout) -> MixerOutput:
         qkv, conv = self.qkv(x), None
         if self.conv is not None:
-            qkv, conv = self.conv(qkv, None if state is None else state.conv, cu_seqlens)
-        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(self.heads, 2)
-        if cu_seqlens is None:
-            real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-            position = torch.arange(x.shape[1], device=x.device)[None]
-        else:
-            real = real_tokens(cu_seqlens)
-            position = positions_in(cu_seqlens)[None]
-        if state is not None and cu_seqlens is None:
-            position = position + state.length[:, None]
-        elif state is not None:
-            position = position + state.length.repeat_interleave(cu_seqlens.long().diff())
+            qkv, conv = self.conv(qkv, None if state is None else state.conv, layout)
+        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(self.heads, 2)  # (B, T, H, K)
         if self.rope:
-            q, k = (rotary(part, position, self.rope_base) for part in (q, k))
-        if cu_seqlens is not None:
-            q, k, v = (pad_packed(part, real) for part in (q, k, v))
-
-        a = self._attend(q, k, v) if state is None or state.kv.fresh else None
-        if state is not None:
-            # with a window nothing is stored: the cache keeps a token until the window has passed it
-            stored = torch.full(k.shape[:3], not self.window, dtype=torch.bool, device=x.device)
-            if a is None:
-                a, cache = state.kv.attend(q, k, v, stored, real, self.head_dim**-0.5, self.window)
-            else:
-                cache = state.kv.follow(k, v, stored, real, self.window)
-            state = MixerState(state.length + new_tokens(x, cu_seqlens), conv=conv, kv=cache)
-        a = a if cu_seqlens is None else unpad(a, real)
+            positions = layout.positions_after(None if state is None else state.length)
+            q, k = (rotary(part, positions, self.rope_base) for part in (q, k))
+        options = dict(scale=self.head_dim**-0.5, window=self.window)
+        if state is None:
+            a = attend_new(q, k, v, None, layout, **options)
+        else:
+            a, cache = state.kv.attend(q, k, v, None, None, layout, **options)
+            state = AttentionState(state.length + layout.lengths, cache, conv)
         return MixerOutput(self.out(a.flatten(2)), state)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(N, T, H, K) -> (N, T, H, V). Padding is at the end, where causality hides it."""
-        T = q.shape[1]
-        mask = None
-        if 0 < self.window < T:
-            token = torch.arange(T, device=q.device)
-            behind = token[:, None] - token
-            mask = (behind >= 0) & (behind < self.window)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        gqa = self.num_kv_heads < self.num_heads
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa
-        ).transpose(1, 2)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixers.base import Mixer, MixerState, Routing
+from kernels.sequences import Layout
+from mixers.base import Mixer, Routing, without_padding
 from mixers.registry import MIXERS, SpecError, check_positive, parse_pattern
+from mixers.state import MixerState
 from mixers.threshold import share_threshold
 
 
@@ -46,8 +48,8 @@ class Block(nn.Module):
         self.mixer_norm, self.mixer = nn.RMSNorm(dim, eps=1e-5), mixer
         self.mlp_norm, self.mlp = nn.RMSNorm(dim, eps=1e-5), SwiGLU(dim, mlp_hidden)
 
-    def forward(self, x: Tensor, state: MixerState | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None):
-        out = self.mixer(self.mixer_norm(x), state, cu_seqlens, padding_mask)
+    def forward(self, x: Tensor, state: MixerState | None = None, layout: Layout | None = None):
+        out = self.mixer(self.mixer_norm(x), state, layout)
         x = x + out.hidden
         return x + self.mlp(self.mlp_norm(x)), out
 
@@ -105,19 +107,26 @@ class Decoder(nn.Module):
         cu_seqlens: Tensor | None = None,
         padding_mask: Tensor | None = None,
     ) -> DecoderOutput:
-        """tokens (B, T) int64; the rest as for `Mixer.forward`, `state` with one entry per layer."""
+        """tokens (B, T) int64; the rest as for `Mixer.forward`, `state` with one entry per layer. Padding is taken out
+        before the first layer and put back, as zeros, after the last."""
         if state is not None and len(state) != len(self.blocks):
             raise ValueError(f"the state is of {len(state)} layers, the decoder has {len(self.blocks)}")
+        layout, back = Layout.of(cu_seqlens, tokens), None
+        if padding_mask is not None and tokens.numel():
+            tokens, layout, back = without_padding(tokens, layout, padding_mask)
         x = self.embedding(tokens)
         outputs = []
         for i, block in enumerate(self.blocks):
-            x, out = block(x, None if state is None else state[i], cu_seqlens, padding_mask)
+            x, out = block(x, None if state is None else state[i], layout)
             outputs.append(out)
         losses = [out.aux_loss for out in outputs if out.aux_loss is not None]
+        hidden, routing = self.norm(x), [out.routing for out in outputs]
+        if back is not None:
+            hidden, routing = back(hidden), [None if r is None else r.map(back) for r in routing]
         return DecoderOutput(
-            self.norm(x),
+            hidden,
             None if state is None else [out.state for out in outputs],
-            [out.routing for out in outputs],
+            routing,
             torch.stack(losses).sum() if losses else x.new_zeros(()),
         )
 

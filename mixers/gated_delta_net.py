@@ -3,14 +3,33 @@
 y_t = W_o[RMSNorm(r_t) * SiLU(W_g x_t + b_g)]         r_t from `mixers.memory`
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixers.base import Mixer, MixerOutput, MixerState
+from kernels.sequences import Layout
+from mixers.base import Mixer, MixerOutput
 from mixers.layers import RMSNorm
 from mixers.memory import Memory
 from mixers.registry import check_positive, check_range
+from mixers.state import MixerState
+
+
+@dataclass
+class RecurrentState(MixerState):
+    """The memory (N, H, K, V) float32, or float64 in a float64 model, and the tail (N, taps - 1, channels) of the
+    convolution."""
+
+    recurrent: Tensor
+    conv: Tensor
+
+    @property
+    def full_kv_bytes(self) -> int:
+        """Bytes that keys and values of all tokens would take, were they kept."""
+        _, H, K, V = self.recurrent.shape
+        return int(self.length.sum()) * H * (K + V) * self.conv.element_size()
 
 
 class GatedDeltaNet(Mixer):
@@ -65,22 +84,19 @@ class GatedDeltaNet(Mixer):
 
     def init_state(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> MixerState:
+    ) -> RecurrentState:
         recurrent, conv = self.memory.init_state(batch_size, device, dtype)
-        return MixerState(torch.zeros(batch_size, dtype=torch.long, device=recurrent.device), recurrent, conv)
-
-    def full_kv_bytes(self) -> int:
-        return self.memory.num_states * (self.memory.head_dim + self.memory.value_dim) * self.out.weight.element_size()
+        return RecurrentState(torch.zeros(batch_size, dtype=torch.long, device=recurrent.device), recurrent, conv)
 
     def projections(self) -> dict[str, Tensor]:
         return dict(zip("qkv", self.memory.qkv.weight.split(self.memory.widths), strict=True)) | {"o": self.out.weight}
 
-    def mix(self, x: Tensor, state: MixerState | None, cu_seqlens: Tensor | None) -> MixerOutput:
+    def mix(self, x: Tensor, state: RecurrentState | None, layout: Layout) -> MixerOutput:
         recurrent, conv = (None, None) if state is None else (state.recurrent, state.conv)
-        m = self.memory(x, recurrent, conv, cu_seqlens, predict="none")
+        m = self.memory(x, recurrent, conv, layout, predict="none")
         hidden = self.out(self.norm(m.read).flatten(2) * F.silu(self.gate(x)))
         if state is not None:
-            state = MixerState(state.length + new_tokens(x, cu_seqlens), m.recurrent, m.conv)
+            state = RecurrentState(state.length + layout.lengths, m.recurrent, m.conv)
         return MixerOutput(hidden, state)
 
 
@@ -94,8 +110,3 @@ class LinearAttention(GatedDeltaNet):
     """Additive rule without decay (arXiv 2006.16236); options as for `gated_delta_net`."""
 
     rule = "linear_attention"
-
-
-def new_tokens(x: Tensor, cu_seqlens: Tensor | None) -> Tensor | int:
-    """How many tokens of each sequence x (B, T, D) holds."""
-    return x.shape[1] if cu_seqlens is None else cu_seqlens.long().diff()

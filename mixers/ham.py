@@ -1,35 +1,47 @@
 """HAM, the Hybrid Associative Memory (arXiv 2603.22325): a recurrent memory of everything and attention over surprises.
 
-Per head, with q^, k^, v, g, beta, prediction p, write u and read-out r of the recurrent memory (`mixers.memory`):
+Per head, with q_t, k_t, v_t = SiLU(conv(W x_t)), k_t and q_t normalised, log-decay g_t, alpha_t = exp(g_t), and write
+strength beta_t (`mixers.memory`):
 
-    e_t = router(p_t, v_t, u_t, ...)                how badly the memory predicts the token
-    m_t = [e_t > tau]                               stored or not
-    a_t = sum_{j<=t, m_j} softmax_j(exp(s) q^_t.k^_j) v_j        0 where nothing is stored yet
-    y_t = W_o[(g_RNN RMSNorm(r_t) + g_KV a_t) * SiLU(W_g x_t + b_g)]      combine = "gates", g = sigmoid(W x_t) per head
-    y_t = W_o[(RMSNorm(r_t) + a_t) * SiLU(W_g x_t + b_g)]                 combine = "sum"
+    p_t = alpha_t S_{t-1} k_t                       1  prediction: what the memory answers before the token is written
+    u_t = beta_t (v_t - p_t)                        2  what is written
+    S_t = alpha_t S_{t-1} + u_t k_t^T               3  the memory: the gated delta rule (arXiv 2412.06464)
+    r_t = S_t q_t                                   4  its read-out
+    m_t = [e_t > tau],  e_t = router(p_t, v_t, u_t, ...)          5  stored or not: how badly is the token predicted?
+    a_t = sum_{j<=t, m_j} softmax_j(exp(s) q_t.k_j) v_j           6  attention to what is stored; 0 if nothing is
+    y_t = W_o[(g_RNN RMSNorm(r_t) + g_KV a_t) * SiLU(W_g x_t)]    7  the output
 
-Both memories share q^, k^ and v; attention has no positions of its own. Without stored tokens the layer is the mixer of
-its recurrent rule.
+with combine = "gates", g_RNN and g_KV = sigmoid(W x_t) per head; with combine = "sum" both are 1. The two memories
+share q, k and v; attention has no positions of its own. Where nothing is stored, the layer is its recurrent rule's.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.routed_attention import BACKENDS, routed_attention
-from kernels.sequences import pad_packed, positions_in, real_tokens, unpad
-from mixers.base import MixerOutput, MixerState, Routing
-from mixers.bounded_cache import BoundedCache
-from mixers.gated_delta_net import GatedDeltaNet, new_tokens
-from mixers.kv_cache import KVCache
+from kernels.routed_attention import BACKENDS
+from kernels.sequences import Layout
+from mixers.base import MixerOutput, Routing
+from mixers.caches.bounded import BoundedCache
+from mixers.caches.paged import KVCache, attend_new
+from mixers.gated_delta_net import GatedDeltaNet, RecurrentState
 from mixers.memory import MemoryRead
 from mixers.registry import ROUTERS, THRESHOLDS, SpecError, parse_spec, unknown
 from mixers.routers.base import RouterInputs, RouterState
 from mixers.routers.contract import examine, name_of, score
 
 GATE_TEMPERATURE = 0.1  # of the straight-through gate that trains a learned router or threshold, in units of its score
+
+
+@dataclass
+class HAMState(RecurrentState):
+    """The recurrent memory, the keys and values that are stored, and what a router with a memory remembers."""
+
+    kv: KVCache | BoundedCache
+    router: RouterState | None = None
 
 
 class HAM(GatedDeltaNet):
@@ -97,71 +109,66 @@ class HAM(GatedDeltaNet):
 
     def init_state(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> MixerState:
-        state = super().init_state(batch_size, device, dtype)
-        state.router = self.router.init_state(batch_size, state.recurrent.device, state.recurrent.dtype)
-        sizes = batch_size, self.num_heads, self.memory.head_dim, self.memory.value_dim
-        like = dict(dtype=state.conv.dtype, device=state.conv.device)
-        if self.max_tokens:
-            state.kv = BoundedCache.empty(*sizes, limit=self.max_tokens, **like)
-        else:
-            state.kv = KVCache.empty(*sizes, **like)
-        return state
+    ) -> HAMState:
+        memory = super().init_state(batch_size, device, dtype)
+        router = self.router.init_state(batch_size, memory.recurrent.device, memory.recurrent.dtype)
+        cache = self._cache(batch_size, memory.conv.dtype, memory.conv.device)
+        return HAMState(**vars(memory), kv=cache, router=router)
 
-    def mix(self, x: Tensor, state: MixerState | None, cu_seqlens: Tensor | None) -> MixerOutput:
+    def _cache(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> KVCache | BoundedCache:
+        sizes = batch_size, self.num_heads, self.memory.head_dim, self.memory.value_dim
+        if self.max_tokens:
+            return BoundedCache.empty(*sizes, limit=self.max_tokens, dtype=dtype, device=device)
+        return KVCache.empty(*sizes, dtype=dtype, device=device)
+
+    def mix(self, x: Tensor, state: HAMState | None, layout: Layout) -> MixerOutput:
+        # 1 to 4: q, k (B, T, H, K); v, p, r (B, T, H, V); g, beta (B, T, H); S (N, H, K, V)
         recurrent, conv = (None, None) if state is None else (state.recurrent, state.conv)
-        m = self.memory(x, recurrent, conv, cu_seqlens, predict=self.router.predict)
+        m = self.memory(x, recurrent, conv, layout, predict=self.router.predict)
         q = m.q * self.log_scale.exp().to(m.q.dtype)[:, None]
 
-        inputs = self._router_inputs(x, q, m, state, cu_seqlens)
+        # 5: e, stored (B, T, H); tau (H,), or of every token's sequence (N or 1, 1 or T, H)
+        inputs = self._router_inputs(x, q, m, state, layout)
         ranked, remembered = self._score(inputs)
         scores = ranked + self.head_bias.float()
         if self.training:
             self.threshold.observe(self.layer_index, scores)
-        tau = bar = self.threshold.tau(self.training).expand(self.num_heads)
+        tau = of_token = self.threshold.tau(self.training).expand(self.num_heads)
         if self.training and self.threshold.usages is not None:
-            bar = self.threshold.tau_per_sequence(cu_seqlens)
-        stored = scores > bar
+            of_token = self.threshold.tau_per_sequence(layout)
+        stored = scores > of_token
         v, aux_loss = m.v, None
         if self.training:
             aux_loss = _sum(self.router.loss(inputs, ranked), self.threshold.loss(scores))
             if self.router.trained_by_gate or self.threshold.trained_by_gate:
-                v = v * _straight_through(scores, bar).to(v.dtype)[..., None]
+                v = v * _straight_through(scores, of_token).to(v.dtype)[..., None]
 
-        if self.max_tokens:
-            a, kv = self._attend_bounded(q, m.k, v, scores.masked_fill(~stored, -math.inf), state, cu_seqlens)
-        else:
-            a, kv = self._attend(q, m.k, v, stored, state, cu_seqlens)
+        # 6: a (B, T, H, V)
+        window = self.router.window(self.kv_usage)
+        a, cache = self._attend(q, m.k, v, stored, scores, window, state, layout)
+
+        # 7: (B, T, D)
         hidden = self.out(self._combine(x, self.norm(m.read), a).flatten(2) * F.silu(self.gate(x)))
 
-        new = torch.as_tensor(new_tokens(x, cu_seqlens), device=x.device)
-        lengths = new.expand(len(x)) if cu_seqlens is None else new
-        window = self.router.window(self.kv_usage)
-        routing = Routing(scores, stored, tau, m.g.float(), lengths, window, self.max_tokens)
+        routing = Routing(scores, stored, tau, m.g.float(), layout.lengths, window, self.max_tokens)
         if state is not None:
-            state = MixerState(state.length + new, m.recurrent, m.conv, kv, remembered)
+            state = HAMState(state.length + layout.lengths, m.recurrent, m.conv, cache, remembered)
         return MixerOutput(hidden, state, routing, aux_loss)
 
-    def _router_inputs(self, x: Tensor, q: Tensor, m: MemoryRead, state, cu_seqlens) -> RouterInputs:
-        positions = torch.arange(x.shape[1], device=x.device) if cu_seqlens is None else positions_in(cu_seqlens)
-        positions = positions.expand(x.shape[:2])
-        if state is not None and cu_seqlens is None:
-            positions = positions + state.length[:, None]
-        elif state is not None:
-            positions = positions + state.length.repeat_interleave(cu_seqlens.long().diff())
+    def _router_inputs(self, x: Tensor, q: Tensor, m: MemoryRead, state, layout: Layout) -> RouterInputs:
         # scores choose tokens, and a choice has no gradient: what they are made of is detached
         q, k, v, prediction, g, beta = (part.detach() for part in (q, m.k, m.v, m.prediction, m.g, m.beta))
-        weight = self.out.weight.detach().unflatten(1, (self.num_heads, -1))
-        if state is not None:
-            remembered = state.router
-        else:
-            sequences = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
-            remembered = self.router.init_state(sequences, g.device, g.dtype)
         statistics = None
         if self.router.predict == "statistics":
             prediction, statistics = None, prediction
+        weight = self.out.weight.detach().unflatten(1, (self.num_heads, -1))
+        if state is None:
+            positions, remembered = layout.positions, self.router.init_state(len(layout), g.device, g.dtype)
+        else:
+            positions, remembered = layout.positions_after(state.length), state.router
+        options = dict(layer=self.layer_index, output_weight=weight, layout=layout)
         return RouterInputs(
-            x, q, k, v, prediction, g, beta, positions, self.layer_index, weight, cu_seqlens, statistics, remembered
+            x, q, k, v, prediction, g, beta, positions, **options, statistics=statistics, state=remembered
         )
 
     def _score(self, inputs: RouterInputs) -> tuple[Tensor, RouterState | None]:
@@ -174,36 +181,19 @@ class HAM(GatedDeltaNet):
         scores, remembered = score(self.router, inputs)
         return scores.float(), remembered
 
-    def _attend(self, q, k, v, stored, state, cu_seqlens) -> tuple[Tensor, KVCache | None]:
-        window, a = self.router.window(self.kv_usage), None
-        if state is None or state.kv.fresh:
-            options = dict(scale=1.0, cu_seqlens=cu_seqlens, window=window, backend=self.attention_backend)
-            a = routed_attention(q, k, v, stored, **options)
-            if state is None:
-                return a, None
-        real = real_tokens(cu_seqlens) if cu_seqlens is not None else torch.ones_like(stored[..., 0])
-        if cu_seqlens is not None:
-            q, k, v, stored = (pad_packed(part, real) for part in (q, k, v, stored))
-        if a is not None:
-            return a, state.kv.follow(k, v, stored, real, window)
-        a, kv = state.kv.attend(q, k, v, stored, real, 1.0, window)
-        return a if cu_seqlens is None else unpad(a, real), kv
-
-    def _attend_bounded(self, q, k, v, scores, state, cu_seqlens) -> tuple[Tensor, BoundedCache]:
-        if self.router.window(self.kv_usage):
-            raise SpecError("max_tokens and a router with a window do not go together")
-        real = None
-        if cu_seqlens is not None:
-            real = real_tokens(cu_seqlens)
-            q, k, v = (pad_packed(part, real) for part in (q, k, v))
-            scores = pad_packed(scores, real).masked_fill(~real[..., None], -math.inf)
+    def _attend(
+        self, q, k, v, stored, scores, window: int, state, layout
+    ) -> tuple[Tensor, KVCache | BoundedCache | None]:
+        """The read-out (B, T, H, V), and the cache that the next call goes on from."""
+        if self.max_tokens:
+            if window:
+                raise SpecError("max_tokens and a router with a window do not go together")
+            cache = self._cache(len(layout), k.dtype, k.device) if state is None else state.kv
+            return cache.attend(q, k, v, stored, scores, layout, scale=1.0)
+        options = dict(scale=1.0, window=window, backend=self.attention_backend)
         if state is None:
-            sizes = len(q), self.num_heads, k.shape[-1], v.shape[-1]
-            cache = BoundedCache.empty(*sizes, limit=self.max_tokens, dtype=k.dtype, device=k.device)
-        else:
-            cache = state.kv
-        a, cache = cache.attend(q, k, v, scores, 1.0)
-        return a if real is None else unpad(a, real), cache
+            return attend_new(q, k, v, stored, layout, **options), None
+        return state.kv.attend(q, k, v, stored, scores, layout, **options)
 
     def _combine(self, x: Tensor, r: Tensor, a: Tensor) -> Tensor:
         if self.combine == "sum":

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.sequences import documents_in, lengths_of
+from kernels.sequences import Layout
 
 
 class ShortConvolution(nn.Module):
@@ -22,25 +22,23 @@ class ShortConvolution(nn.Module):
         self.weight = nn.Parameter(weight)  # (taps, channels), the current token last
         self.weight._no_weight_decay = True
 
-    def forward(self, x: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    def init_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+        """The tail (N, taps - 1, channels) of sequences that have not begun."""
+        return torch.zeros(batch_size, self.taps - 1, self.weight.shape[1], dtype=dtype, device=device)
+
+    def forward(self, x: Tensor, tail: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
         """x (B, T, channels), tail (N, taps - 1, channels) of what came before -> (same as x, new tail)."""
         if tail is None:
-            sequences = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
-            tail = x.new_zeros(sequences, self.taps - 1, x.shape[-1])
-        if cu_seqlens is None:
+            tail = self.init_state(len(layout), dtype=x.dtype, device=x.device)
+        if not layout.packed:
             x = torch.cat([tail.to(x.dtype), x], 1)
             return F.silu(self._slide(x)), x[:, x.shape[1] - self.taps + 1 :]
         # every sequence gets its tail in front; the outputs that fall on tails are dropped
-        room = self.taps - 1
-        shift = room * (documents_in(cu_seqlens) + 1)
-        place = torch.arange(x.shape[1], device=x.device) + shift
-        row = x.new_zeros(x.shape[1] + room * len(tail), x.shape[-1])
-        fronts = cu_seqlens[:-1].long() + room * torch.arange(len(tail), device=x.device)
-        row[fronts[:, None] + torch.arange(room, device=x.device)] = tail.to(x.dtype)
-        row[place] = x[0]
-        ends = fronts + lengths_of(cu_seqlens)
-        new_tail = row[ends[:, None] + torch.arange(room, device=x.device)]
-        return F.silu(self._slide(row[None])[:, place - room]), new_tail
+        before = self.taps - 1
+        place, fronts, ends = layout.once(("tails", before), lambda: _tails(layout, before))
+        row = x.new_zeros(x.shape[1] + before * len(tail), x.shape[-1])
+        row = row.index_copy(0, fronts.flatten(), tail.to(x.dtype).flatten(0, 1)).index_copy(0, place, x[0])
+        return F.silu(self._slide(row[None])[:, place - before]), row[ends]
 
     def _slide(self, x: Tensor) -> Tensor:
         """(B, taps - 1 + T, channels) -> (B, T, channels). Sums of shifted views: depthwise conv1d is slow on CPU."""
@@ -57,6 +55,16 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
+
+
+def _tails(layout: Layout, before: int) -> tuple[Tensor, Tensor, Tensor]:
+    """In a row where `before` places stand in front of each packed sequence: the places of the tokens (T,), of those in
+    front (N, before), and of the last `before` of each sequence and its front (N, before)."""
+    device = layout.lengths.device
+    place = torch.arange(layout.tokens, device=device) + before * (layout.documents + 1)
+    each = torch.arange(before, device=device)
+    fronts = layout.cu_seqlens[:-1].long() + before * torch.arange(len(layout), device=device)
+    return place, fronts[:, None] + each, (fronts + layout.lengths)[:, None] + each
 
 
 def rotary(x: Tensor, position: Tensor, base: float = 10_000.0) -> Tensor:

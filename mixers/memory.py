@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.delta_rule import BACKENDS, gated_delta_rule
+from kernels.sequences import Layout
 from mixers.layers import ShortConvolution
 from mixers.registry import SpecError, check_positive, unknown
 
@@ -115,19 +116,19 @@ class Memory(nn.Module):
         device, dtype = device or weight.device, dtype or weight.dtype
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         recurrent = torch.zeros(batch_size, self.num_states, self.head_dim, self.value_dim, device=device, dtype=exact)
-        return recurrent, torch.zeros(batch_size, self.conv.taps - 1, sum(self.widths), device=device, dtype=dtype)
+        return recurrent, self.conv.init_state(batch_size, dtype=dtype, device=device)
 
     def forward(
         self,
         x: Tensor,
         recurrent: Tensor | None,
         conv: Tensor | None,
-        cu_seqlens: Tensor | None,
+        layout: Layout,
         predict: str = "values",
     ) -> MemoryRead:
         """x (B, T, D) -> all that is known of its tokens. q and k are repeated where value heads are grouped; `predict`
         says what of the predictions, see `kernels.delta_rule`."""
-        qkv, conv = self.conv(self.qkv(x), conv, cu_seqlens)
+        qkv, conv = self.conv(self.qkv(x), conv, layout)
         q, k, v = (part.unflatten(-1, (-1, dim)) for part, dim in zip(
             qkv.split(self.widths, -1), (self.head_dim, self.head_dim, self.value_dim), strict=True))  # fmt: skip
         q, k = normalise(q), normalise(k)
@@ -140,7 +141,7 @@ class Memory(nn.Module):
         else:
             g = torch.zeros_like(beta)
         read, prediction, recurrent = gated_delta_rule(
-            q, k, v, g, beta, scale=1.0, initial_state=recurrent, cu_seqlens=cu_seqlens,
+            q, k, v, g, beta, scale=1.0, initial_state=recurrent, cu_seqlens=layout,
             backend=self.backend, delta=self.delta, predict=predict,
         )  # fmt: skip
         return MemoryRead(q, k, v, g, beta, read, prediction, recurrent, conv)

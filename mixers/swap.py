@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixers.base import state_bytes
+from mixers.caches.bounded import BoundedCache
 from mixers.hosts import Host, carry, describe, reads, wrapper_of
 from mixers.hosts.wrappers import InDecoder, Wrapper
 from mixers.registry import MIXERS, SpecError, parse_spec
@@ -137,10 +137,10 @@ def _cache(host: Host, mixer: nn.Module) -> str:
         return ""
     size = next(mixer.parameters()).element_size()
     theirs = 2 * host.num_kv_heads * host.head_dim * size
-    memory = f"{state_bytes(state):,} bytes of memory a sequence"
-    if state.kv is None:
+    memory = f"{state.bytes:,} bytes of memory a sequence"
+    if not state.caches:
         return f"KV cache: none (the host's: {theirs:,} bytes a token); {memory}"
-    _, heads, key_dim, value_dim, limit = state.layout[-1]
+    (cache,) = state.caches
     router, threshold = getattr(mixer, "router", None), getattr(mixer, "threshold", None)
     usage, bound = 1.0, ""
     if window := getattr(mixer, "window", 0) or (router is not None and router.window(mixer.kv_usage)):
@@ -149,8 +149,9 @@ def _cache(host: Host, mixer: nn.Module) -> str:
         bound = ", of as many tokens as pass the fixed threshold"
     elif threshold is not None:
         usage = threshold.kv_usage
-    bound += f", of at most {limit} tokens a head" if limit else ""
-    ours = usage * heads * (key_dim + value_dim) * size
+    if isinstance(cache, BoundedCache):
+        bound += f", of at most {cache.limit} tokens a head"
+    ours = usage * cache.heads * cache.bytes_per_token
     what = f"KV cache at usage {usage:g}" if threshold is not None and not bound else "KV cache"
     return f"{what}: {ours:,.0f} bytes a token, {ours / theirs:.2f}x the host's {theirs:,}{bound}; {memory}"
 

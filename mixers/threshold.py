@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from kernels.sequences import Layout
 from mixers.base import Mixer
 from mixers.quantiles import LEVELS, quantiles, read
 from mixers.registry import SpecError, check_range, unknown
@@ -130,17 +131,15 @@ class Threshold(nn.Module):
         """The threshold at a usage strictly between 0 and 1."""
         raise NotImplementedError
 
-    def tau_per_sequence(self, cu_seqlens: Tensor | None) -> Tensor:
-        """tau from the table at each sequence's own usage, for scores (B, T, H): (N, 1, groups), or (1, T, groups) of
+    def tau_per_sequence(self, layout: Layout) -> Tensor:
+        """tau from the table at each sequence's own usage, for scores (B, T, H): (B, 1, groups), or (1, T, groups) of
         packed sequences."""
         usages = self.usages.to(self.table)
         place = (1 - usages) * (LEVELS - 1)
         low = place.long().clamp(max=LEVELS - 2)
         tau = torch.lerp(self.table[:, low], self.table[:, low + 1], place - low).T  # (N, groups)
         tau = tau.masked_fill((usages == 0)[:, None], math.inf).masked_fill((usages == 1)[:, None], -math.inf)
-        if cu_seqlens is None:
-            return tau[:, None]
-        return tau.repeat_interleave(cu_seqlens.long().diff(), 0)[None]
+        return layout.per_token(tau)
 
     def set_usage(self, kv_usage: float) -> None:
         """Change the usage to aim at. The step under way ends."""

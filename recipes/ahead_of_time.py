@@ -41,10 +41,10 @@ def compile_all(capabilities: list[int], folder: Path | None) -> list[dict[str, 
 def compile_for(capability: int, K: int) -> list[dict[str, Any]]:
     """What every launch of the operations compiles to, forward and backward. Decoding is bound by memory and uses no
     matrix instructions."""
-    from kernels import decode
-    from kernels.decode import fused
-    from kernels.delta_rule import chunkwise
-    from kernels.routed_attention import ranked
+    from kernels.delta_rule import triton_chunks, triton_recurrent
+    from kernels.paged_attention import PagedCache, triton_pages
+    from kernels.routed_attention import triton_ranked
+    from kernels.sequences import Layout
 
     B, T, H = 1, 256, 2
     rows = []
@@ -56,26 +56,23 @@ def compile_for(capability: int, K: int) -> list[dict[str, Any]]:
         q, k, v = (draw(B, T, H, K) for _ in range(3))
         g, beta = draw(B, T, H, dtype=torch.float32), draw(B, T, H, dtype=torch.float32)
         state = draw(B, H, K, K, dtype=torch.float32)
-        o, p, _ = chunkwise.gated_delta_rule(
-            q, k, v, g, beta, scale=1.0, initial_state=state, cu_seqlens=None, delta=True
-        )
+        options = dict(scale=1.0, initial_state=state, layout=Layout.of(None, v), delta=True)
+        o, p, _ = triton_chunks.gated_delta_rule(q, k, v, g, beta, **options)
         (o.float().sum() + p.sum()).backward()
     rows += [{"operation": "delta_rule", "K": K} | asdict(kernel) for kernel in found]
     stored = torch.rand(B, T, H) < 0.5
     for window in (0, 64):
         with compile_only(capability) as found:
-            ranked.routed_attention(
-                q, k, v, stored, None, scale=1.0, cu_seqlens=None, window=window
-            ).float().sum().backward()
+            options = dict(scale=1.0, layout=Layout.of(None, v), window=window)
+            triton_ranked.routed_attention(q, k, v, stored, None, **options).float().sum().backward()
         name = "routed_attention" + (" (window)" if window else "")
         rows += [{"operation": name, "K": K} | asdict(kernel) for kernel in found]
     with torch.no_grad(), compile_only(capability) as found:
-        cache = decode.PagedCache.empty(B * H, K, K, pages=4, slots=2, dtype=torch.bfloat16)
-        token = [x[:, 0] for x in (q, k, v, g, beta)]
-        tau, gram = torch.zeros(H), torch.zeros(H, K, K)
-        for score in decode.SCORES:
-            options = dict(scale=1.0, delta=True, cache=cache, tau=tau, score=score, gram=gram)
-            fused.step(*token, state.detach(), **options)
-        fused.attend(token[0].transpose(0, 1), cache, scale=1.0)
+        token = [x[:, :1].detach() for x in (q, k, v, g, beta)]
+        options = dict(scale=1.0, initial_state=state.detach(), layout=Layout.of(None, token[0]), delta=True)
+        for predict in ("none", "values", "statistics"):
+            triton_recurrent.gated_delta_rule(*token, **options, predict=predict)
+        cache = PagedCache.empty(B * H, K, K, pages=4, slots=2, dtype=torch.bfloat16)
+        triton_pages.attend(token[0][:, 0].transpose(0, 1), cache, scale=1.0)
     rows += [{"operation": "decode", "K": K} | asdict(kernel) for kernel in found]
     return rows

@@ -12,10 +12,13 @@ from torch.nn import functional as F
 
 from kernels import delta_rule, routed_attention
 from kernels.dispatch import unavailable
-from mixers.base import MixerState, kv_cache_bytes, state_bytes
+from kernels.sequences import Layout
+from mixers.gated_delta_net import GatedDeltaNet
+from mixers.ham import HAM
 from mixers.registry import build_mixer, parse_pattern
 from mixers.routers.base import RouterInputs
 from mixers.routers.residual import Residual
+from mixers.state import MixerState, kv_cache_bytes, state_bytes
 from mixers.threshold import share_threshold
 from recipes import cost_model
 from recipes.bench_measure import Runner
@@ -214,7 +217,7 @@ def _stack_cost(case: Case, stack: _Stack, usage: float | None) -> dict[str, flo
     size = case.batch, case.heads, case.head_dim, case.head_dim
     decode, work = case.phase == "decode", []
     for mixer in stack.mixers:
-        ham, recurrent = hasattr(mixer, "router"), hasattr(mixer, "memory")
+        ham, recurrent = isinstance(mixer, HAM), isinstance(mixer, GatedDeltaNet)
         matrices = sum(p.numel() for p in mixer.parameters() if p.ndim == 2)
         tokens = case.batch * (1 if decode else case.length)
         work.append(cost_model.linear(tokens, matrices, train=case.phase == "train", size=case.size))
@@ -232,11 +235,11 @@ def _stack_cost(case: Case, stack: _Stack, usage: float | None) -> dict[str, flo
 
 def _filled(state: MixerState, case: Case, usage: float | None, skew: str) -> MixerState:
     """A state after `length` tokens, its cache filled with noise: reading them would take longer than all the rest."""
-    if state.kv is not None:
-        N, T, H = case.batch, case.length, state.kv.heads
-        k, v = (torch.randn(N, T, H, x.shape[-1], device=case.device) for x in (state.kv.pages.k, state.kv.pages.v))
+    if state.caches:
+        cache, N, T = state.kv, case.batch, case.length
+        k, v = (torch.randn(N, T, cache.heads, x.shape[-1], device=case.device) for x in (cache.pages.k, cache.pages.v))
         stored = stored_tokens(case, usage, skew) if usage is not None else torch.ones_like(k[..., 0]) > 0
-        state.kv = state.kv.follow(k, v, stored, torch.ones_like(stored[..., 0]))
+        state.kv = cache.append(k, v, stored, Layout.of(None, stored))
     state.length += case.length
     return state
 

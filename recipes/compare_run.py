@@ -12,8 +12,8 @@ import torch
 from kernels.dispatch import CHOSEN
 from lit_modules.base import SequenceModule, with_options
 from lit_modules.callbacks import CalibrateThresholds
-from mixers.base import kv_cache_bytes, kv_stored_bytes, state_bytes
 from mixers.registry import SpecError, unknown
+from mixers.state import kv_cache_bytes, kv_stored_bytes, state_bytes
 from mixers.threshold import set_kv_usage, thresholds_of
 from recipes.compare_pool import count_step
 from recipes.flags import DATA_MODULES, Flags, is_path

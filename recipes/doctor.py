@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kernels import decode, delta_rule, routed_attention
+from kernels import delta_rule, paged_attention, routed_attention
 from kernels.dispatch import automatic, unavailable
 from mixers.registry import SpecError, check_positive
 from recipes.results import PACKAGES, device_name, markdown_table, stamp, write_json
@@ -18,12 +18,13 @@ from recipes.results import PACKAGES, device_name, markdown_table, stamp, write_
 OPERATIONS = {
     "delta_rule": delta_rule.BACKENDS,
     "routed_attention": routed_attention.BACKENDS,
-    "decode": decode.BACKENDS,
+    "paged_attention": paged_attention.BACKENDS,
 }
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest error that is let pass, relative to the largest value of the tensor; bfloat16 has 8 bits of precision."""
 
 NO_BACKWARD_ON_CPU = ("flex", "flex_ranked")
+NO_GRADIENT = ("triton_recurrent",)
 
 Tensors = dict[str, torch.Tensor]
 
@@ -117,7 +118,7 @@ def _checks(
     for operation, make, function in (
         ("delta_rule", _delta_inputs, _delta_rule),
         ("routed_attention", _routed_inputs, _routed),
-        ("decode", _delta_inputs, _decode),
+        ("paged_attention", _routed_inputs, _paged),
     ):
         for backend in OPERATIONS[operation]:
             if (
@@ -126,7 +127,7 @@ def _checks(
                 or (device == "cpu" and backend in NO_BACKWARD_ON_CPU)
             ):
                 continue
-            slow = backend == "triton" and interpret
+            slow = backend.startswith("triton") and interpret
             for dtype in [torch.float32, *half]:
                 for T in lengths[:2] if slow else lengths:
                     for K in (16,) if slow else head_dims:
@@ -138,8 +139,9 @@ def _check(backend: str, inputs: Tensors, function: Callable, dtype: torch.dtype
     """The largest error over outputs and gradients, relative to each tensor's largest value (0.1 at least)."""
     exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
     try:
-        ours = _run(function, inputs, backend)
-        golden = _run(function, exact, "naive", only=ours)
+        differentiable = backend not in NO_GRADIENT
+        ours = _run(function, inputs, backend, differentiable)
+        golden = _run(function, exact, "naive", differentiable, only=ours)
     except Exception as error:  # whatever a backend does wrong is what this command is to report
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", "ok": False}
     errors = {
@@ -149,9 +151,11 @@ def _check(backend: str, inputs: Tensors, function: Callable, dtype: torch.dtype
     return {"error": errors[worst], "worst": worst, "ok": errors[worst] <= TOLERANCES[dtype]}
 
 
-def _run(function: Callable, inputs: Tensors, backend: str, only: Tensors | None = None) -> Tensors:
+def _run(
+    function: Callable, inputs: Tensors, backend: str, differentiable: bool, only: Tensors | None = None
+) -> Tensors:
     """Outputs (those in `only`, if given: fla has no prediction), and the gradients of a random function of them."""
-    leaves = {name: x.clone().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
+    leaves = {name: x.clone().requires_grad_(x.is_floating_point() and differentiable) for name, x in inputs.items()}
     outputs = function(backend=backend, **leaves)
     outputs = {name: x for name, x in outputs.items() if only is None or name in only}
     if not any(x.requires_grad for x in outputs.values()):
@@ -197,20 +201,12 @@ def _routed(*, backend: str, **inputs: torch.Tensor) -> Tensors:
 
 
 @torch.no_grad()
-def _decode(*, backend: str, **inputs: torch.Tensor) -> Tensors:
-    """The first tokens one by one; whether a token is stored does not depend on how scores are rounded."""
-    q, k, v, g, beta = (x[:, :70].detach() for x in inputs.values())
-    N, T, H, V = v.shape
-    exact = torch.float64 if v.dtype == torch.float64 else torch.float32
-    state = torch.zeros(N, H, k.shape[-1], V, dtype=exact, device=v.device)
-    cache = decode.PagedCache.empty(N * H, k.shape[-1], V, pages=N * H * 2, slots=2, dtype=v.dtype, device=v.device)
-    tau = torch.tensor([-torch.inf, torch.inf], device=v.device)
-    for t in range(T):
-        token = [x[:, t] for x in (q, k, v, g, beta)]
-        options = dict(cache=cache, tau=tau, score="cosine", backend=backend)
-        read, scores, _ = decode.step(*token, state, **options)
-    o = decode.attend(q[:, -1].flatten(0, 1)[:, None], cache, backend=backend)
-    return {"read": read, "scores": scores, "state": state, "attended": o}
+def _paged(*, backend: str, q, k, v, stored, bias) -> Tensors:
+    """The last token's queries over the pages of all tokens that are stored."""
+    rows = [x.transpose(1, 2).flatten(0, 1) for x in (k, v, stored)]
+    cache = paged_attention.PagedCache.empty(len(rows[0]), k.shape[-1], v.shape[-1], dtype=k.dtype, device=k.device)
+    queries = q[:, -1].unflatten(1, (k.shape[2], -1)).flatten(0, 1)
+    return {"o": paged_attention.attend(queries, cache.append(*rows), scale=k.shape[-1] ** -0.5, backend=backend)}
 
 
 def _line(row: dict[str, Any]) -> str:

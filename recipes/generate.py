@@ -71,7 +71,7 @@ def generate(
     seconds = time.perf_counter() - start
     print()
     print(f"{path}:", file=sys.stderr)
-    _report(model, written, len(content), read, max_new_tokens, seconds)
+    _report(written, len(content), read, max_new_tokens, seconds)
 
 
 def load(ckpt_path: str, *, root: str = "runs", kv_usage: float | None = None):
@@ -106,13 +106,11 @@ def _read(path: str) -> bytes:
     return content
 
 
-def _report(model, written, prompt: int, read: float, new: int, seconds: float) -> None:
-    from mixers.base import kv_stored_bytes
+def _report(written, prompt: int, read: float, new: int, seconds: float) -> None:
+    from mixers.state import full_kv_bytes, kv_stored_bytes
 
-    stored, of_all = kv_stored_bytes(written.state), ""
-    tokens = [block.mixer.full_kv_bytes() for block in model.decoder.blocks]
-    if None not in tokens and sum(tokens):  # each mixer says what a token would take
-        of_all = f" ({stored / (sum(tokens) * (prompt + new)):.1%} of all of them)"
+    stored, whole = kv_stored_bytes(written.state), full_kv_bytes(written.state)
+    of_all = f" ({stored / whole:.1%} of all of them)" if whole else ""
     lines = [
         f"read {prompt:,} bytes in {read:.2f} s ({prompt / read:,.0f}/s), "
         f"wrote {new:,} in {seconds:.2f} s ({new / seconds:,.0f}/s)",

@@ -116,11 +116,10 @@ def _weigh(model, tokens) -> dict[str, float]:
     """What is held after reading tokens (1, T), prefilled in chunks: bytes of keys and values, pages and all, and those
     as a share of what softmax attention with these heads would hold."""
     from lit_modules.generation import Continuation
+    from mixers.state import full_kv_bytes
 
     read = Continuation(model.eval().decoder, tokens.to(model.device))
-    caches = [(state.kv.heads, getattr(state.kv, "pages", state.kv)) for state in read.state if state.kv is not None]
-    widths = [heads * (kv.k.shape[-1] + kv.v.shape[-1]) * kv.k.element_size() for heads, kv in caches]
-    all_of_it = tokens.shape[1] * sum(widths)
+    all_of_it = full_kv_bytes(read.state)
     return {"long": tokens.shape[1], "kv_bytes": read.kv_cache_bytes, "of_attention": read.kv_cache_bytes / all_of_it}
 
 

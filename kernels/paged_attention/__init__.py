@@ -1,6 +1,6 @@
 """Attention to keys and values that lie in pages, as many pages for a row (a sequence's head) as it stores.
 
-    o = sum_j softmax_j(scale q.k_j) v_j        over the tokens j that the row holds; 0 if it holds none
+o = sum_j softmax_j(scale q.k_j) v_j        over the tokens j that the row holds; 0 if it holds none
 """
 
 from torch import Tensor

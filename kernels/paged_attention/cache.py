@@ -26,7 +26,7 @@ class PagedCache:
         length: (R,) int32, tokens that every row holds.
         free: (pages,) int32, page numbers; those from `used` on are free.
         used: () int32.
-        room: tokens that fit into every row without asking the device how full it is.
+        reserved: tokens that fit into every row without asking the device how full it is.
     """
 
     k: Tensor
@@ -35,7 +35,7 @@ class PagedCache:
     length: Tensor
     free: Tensor
     used: Tensor
-    room: int = 0
+    reserved: int = 0
     version: int = 0
     newest: list[int] = field(default_factory=lambda: [0])
 
@@ -65,7 +65,7 @@ class PagedCache:
         )
 
     def reserve(self, tokens: int | Tensor) -> "PagedCache":
-        """A cache with room for `tokens` more in every row, or for (R,) numbers of them: this one, or a larger one.
+        """A cache with places for `tokens` more in every row, or for (R,) numbers of them: this one, or a larger one.
         Waits for the device, so call it once for many steps."""
         if not len(self.length):
             return self
@@ -84,8 +84,8 @@ class PagedCache:
         more = -(-int(after.max()) // PAGE) - slots
         if more > 0:
             self = replace(self, table=torch.nn.functional.pad(self.table, (0, max(more, slots // SLACK))))
-        if isinstance(tokens, int) and self.room < tokens:
-            self = replace(self, room=tokens)
+        if isinstance(tokens, int) and self.reserved < tokens:
+            self = replace(self, reserved=tokens)
         return self
 
     def append(self, k: Tensor, v: Tensor, stored: Tensor) -> "PagedCache":
@@ -102,7 +102,7 @@ class PagedCache:
             self = self.select(torch.arange(len(counts), device=counts.device))
         if T > 1:
             self = self.reserve(counts)
-        elif self.room < 1:
+        elif self.reserved < 1:
             self = self.reserve(PAGE)
         if self.table.shape[1] == 0:
             return self  # nothing is stored, and nothing ever was
@@ -127,7 +127,7 @@ class PagedCache:
             table=table,
             length=self.length + counts,
             used=self.used + taken[-1, -1],
-            room=self.room - 1 if T == 1 else 0,
+            reserved=self.reserved - 1 if T == 1 else 0,
             version=self.newest[0],
         )
 
@@ -154,7 +154,7 @@ class PagedCache:
             length=length,
             free=torch.arange(len(old) + 1, device=length.device, dtype=torch.int32),
             used=torch.full_like(self.used, len(old) + 1),
-            room=0,
+            reserved=0,
             version=0,
             newest=[0],
         )

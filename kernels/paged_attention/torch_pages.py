@@ -7,8 +7,11 @@ from kernels.paged_attention.cache import PagedCache
 
 
 def attend(q: Tensor, cache: PagedCache, *, scale: float) -> Tensor:
-    """As `kernels.paged_attention.attend`. Each page is read once, where it lies, by its row's queries: keys and values are not
-    copied, and the cost is that of the pages in use. A row's softmax is put together from those of its pages."""
+    """As `kernels.paged_attention.attend`.
+
+    Each page is read once, where it lies, by its row's queries: keys and values are not copied, and the cost is that of
+    the pages in use. A row's softmax is put together from those of its pages.
+    """
     size, slots = cache.k.shape[1], cache.table.shape[1]
     out = q.new_zeros(*q.shape[:2], cache.v.shape[-1])
     row, slot = (torch.arange(slots, device=q.device) * size < cache.length[:, None]).nonzero(as_tuple=True)

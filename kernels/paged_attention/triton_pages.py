@@ -55,7 +55,7 @@ def _sizes(k: Tensor, v: Tensor, dtype: torch.dtype) -> dict:
 
 
 def attend(q: Tensor, cache: PagedCache, *, scale: float) -> Tensor:
-    """As `kernels.paged_attention.attend`. Up to SPLITS programs share a row; what they read is put together at the end."""
+    """As `kernels.paged_attention.attend`; up to SPLITS programs share a row; what they read is put together."""
     R, G, _ = q.shape
     V = cache.v.shape[-1]
     splits = max(1, min(SPLITS, cache.table.shape[1]))

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.routed_attention.gathered import attend
+from kernels.routed_attention.torch_gathered import attend
+from kernels.sequences import Layout
 
 QUERY_BLOCK = 256
 
@@ -46,10 +47,14 @@ class BoundedCache:
         return sum(x.numel() * x.element_size() for x in (self.k, self.v, self.score))
 
     @property
-    def stored_bytes(self) -> int:
-        """Bytes of the kept keys and values alone."""
-        k, v = self.k, self.v
-        return int(self.counts.sum()) * (k.shape[2] * k.element_size() + v.shape[2] * v.element_size())
+    def bytes_per_token(self) -> int:
+        """Bytes of the key and the value of one token in one head."""
+        return sum(x.shape[2] * x.element_size() for x in (self.k, self.v))
+
+    @property
+    def kind(self) -> tuple:
+        """What does not depend on the sequences."""
+        return type(self).__name__, self.heads, self.k.shape[2], self.v.shape[2], self.limit
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "BoundedCache":
         return BoundedCache(function(self.k), function(self.v), function(self.score), self.heads, self.limit)
@@ -59,16 +64,22 @@ class BoundedCache:
         rows = (index[:, None] * self.heads + torch.arange(self.heads, device=index.device)).flatten()
         return self.map(lambda x: x[rows])
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scores: Tensor, scale: float) -> tuple[Tensor, "BoundedCache"]:
-        """Attend from T new tokens to the cache and to themselves; (read-out (N, T, H_q, V), the cache with them).
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, stored: Tensor, scores: Tensor, layout: Layout, *, scale: float
+    ) -> tuple[Tensor, "BoundedCache"]:
+        """Attend from new tokens to what is kept and to themselves; (read-out (B, T, H_q, V), the cache with them).
 
         Args:
-            q: (N, T, H_q, K).
-            k, v: (N, T, H, .).
-            scores: (N, T, H) float32, -inf where a token is not stored.
+            q: (B, T, H_q, K).
+            k, v: (B, T, H, .).
+            stored: (B, T, H) bool.
+            scores: (B, T, H) float32, by which stored tokens are kept.
+            layout: of the new tokens.
             scale: factor of q.k.
         """
-        N, _, H = scores.shape
+        H = k.shape[2]
+        q, k, v, stored, scores = (layout.pad(x) for x in (q, k, v, stored, scores))
+        scores = scores.masked_fill(~(stored & layout.real[..., None]), -torch.inf)
         q = q.unflatten(2, (H, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # (R, groups, T, K)
         k, v, scores = (x.transpose(1, 2).flatten(0, 1) for x in (k, v, scores))
         cache, parts = self, []
@@ -76,7 +87,8 @@ class BoundedCache:
         for block in blocks:
             o, cache = cache._block(*block, scale)
             parts.append(o)
-        return torch.cat(parts, 2).unflatten(0, (N, H)).permute(0, 3, 1, 2, 4).flatten(2, 3), cache
+        o = torch.cat(parts, 2).unflatten(0, (-1, H)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        return layout.unpad(o), cache
 
     def _block(self, q: Tensor, k: Tensor, v: Tensor, scores: Tensor, scale: float) -> tuple[Tensor, "BoundedCache"]:
         k, v = torch.cat([self.k, k.to(self.k.dtype)], 1), torch.cat([self.v, v.to(self.v.dtype)], 1)

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that are kept, and only those: in pages, as many for a head as it stores."""
+"""Keys and values of the tokens that are stored, and only those: in pages, as many for a head as it stores."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -6,9 +6,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels import decode
-from kernels.decode.cache import PagedCache
-from kernels.routed_attention.gathered import attend, like_sizes
+from kernels import paged_attention
+from kernels.causal_attention import causal_attention
+from kernels.paged_attention.cache import PagedCache
+from kernels.routed_attention import routed_attention
+from kernels.routed_attention.torch_gathered import attend
+from kernels.sequences import Layout, like_sizes
 
 QUERY_BLOCK = 256
 
@@ -25,7 +28,7 @@ class Recent:
     def map(self, function: Callable[[Tensor], Tensor]) -> "Recent":
         return Recent(function(self.k), function(self.v), function(self.seen))
 
-    def follow(self, k: Tensor, v: Tensor, seen: Tensor, new: Tensor, size: int) -> "Recent":
+    def append(self, k: Tensor, v: Tensor, seen: Tensor, new: Tensor, size: int) -> "Recent":
         """The last `size` tokens when T more have come, (N, T, ...), of which the first `new` (N,) are real."""
         k, v = torch.cat([self.k, k.to(self.k.dtype)], 1), torch.cat([self.v, v.to(self.v.dtype)], 1)
         seen = torch.cat([self.seen, seen], 1)
@@ -71,10 +74,14 @@ class KVCache:
         return self.pages.bytes + sum(x.numel() * x.element_size() for x in recent)
 
     @property
-    def stored_bytes(self) -> int:
-        """Bytes of the kept keys and values alone."""
-        k, v = self.pages.k, self.pages.v
-        return int(self.counts.sum()) * (k.shape[2] * k.element_size() + v.shape[2] * v.element_size())
+    def bytes_per_token(self) -> int:
+        """Bytes of the key and the value of one token in one head."""
+        return sum(x.shape[2] * x.element_size() for x in (self.pages.k, self.pages.v))
+
+    @property
+    def kind(self) -> tuple:
+        """What does not depend on the sequences."""
+        return type(self).__name__, self.heads, self.pages.k.shape[2], self.pages.v.shape[2]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "KVCache":
         recent = None if self.recent is None else self.recent.map(function)
@@ -87,39 +94,67 @@ class KVCache:
         return replace(self, pages=self.pages.select(rows.flatten()), recent=recent)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, stored: Tensor, real: Tensor, scale: float, window: int = 0
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        stored: Tensor | None,
+        scores: Tensor | None,
+        layout: Layout,
+        *,
+        scale: float,
+        window: int = 0,
+        backend: str = "auto",
     ) -> tuple[Tensor, "KVCache"]:
-        """Attend from T new tokens to the cache and to themselves; (read-out (N, T, H_q, V), the cache with them).
+        """Attend from new tokens to what is kept and to themselves; (read-out (B, T, H_q, V), the cache with them).
 
         Args:
-            q: (N, T, H_q, K).
-            k, v: (N, T, H, .).
-            stored: (N, T, H) bool.
-            real: (N, T) bool, False on the padding at the end of shorter sequences.
+            q: (B, T, H_q, K).
+            k, v: (B, T, H, .).
+            stored: (B, T, H) bool; None stores every token, or with a window none for good.
+            scores: not looked at: what is stored stays.
+            layout: of the new tokens.
             scale: factor of q.k.
             window: tokens nearer than this are seen, stored or not.
+            backend: of the attention of new tokens among themselves.
         """
-        N, T, H = k.shape[:3]
-        after = self.follow(k, v, stored, real, window)
-        queries = q.unflatten(2, (H, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # (N H, groups, T, K)
-        if T == 1 and not window and self.recent is None and not (torch.is_grad_enabled() and q.requires_grad):
-            o = decode.attend(queries[:, :, 0], after.pages, scale=scale)[:, :, None]
-        else:
-            rows = (x.transpose(1, 2).flatten(0, 1) for x in (k, v, stored))  # (N H, T, ...)
-            o = self._attend(queries, *rows, real, scale, window)
-        return o.unflatten(0, (N, H)).permute(0, 3, 1, 2, 4).flatten(2, 3), after
+        o = attend_new(q, k, v, stored, layout, scale=scale, window=window, backend=backend) if self.fresh else None
+        if stored is None:
+            stored = torch.full(k.shape[:3], not window, dtype=torch.bool, device=k.device)
+        q, k, v, stored = (layout.pad(x) for x in (q, k, v, stored))
+        after = self.append(k, v, stored, layout, window)
+        if o is None:
+            o = layout.unpad(self._attend(q, k, v, stored, layout, after, scale, window))
+        return o, after
 
-    def follow(self, k: Tensor, v: Tensor, stored: Tensor, real: Tensor, window: int = 0) -> "KVCache":
-        """The cache with T more tokens; shapes as in `attend`."""
-        rows = (x.transpose(1, 2).flatten(0, 1) for x in (k, v, stored & real[..., None]))
-        recent = self._recent(k, v, stored, real, window)
+    def append(self, k: Tensor, v: Tensor, stored: Tensor, layout: Layout, window: int = 0) -> "KVCache":
+        """The cache with more tokens (N, T, H, .), padded where sequences are shorter than the longest of `layout`."""
+        real = layout.real[..., None]
+        rows = (x.transpose(1, 2).flatten(0, 1) for x in (k, v, stored & real))
+        recent = None
+        if window > 1:  # what the next token will see of a window is one token fewer
+            seen = real & ~stored
+            recent = self.recent
+            if recent is None:
+                recent = Recent(*(x[:, :0] for x in (k.to(self.pages.k.dtype), v.to(self.pages.v.dtype), seen)))
+            recent = recent.append(k, v, seen, layout.lengths, window - 1)
         return replace(self, pages=self.pages.append(*rows), recent=recent, fresh=False)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, stored: Tensor, real: Tensor, scale: float, window: int):
+    def _attend(self, q, k, v, stored, layout: Layout, after: "KVCache", scale: float, window: int) -> Tensor:
+        """(N, T, H_q, V), of tokens (N, T, ...)."""
+        N, T, H = k.shape[:3]
+        q = q.unflatten(2, (H, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # (N H, groups, T, K)
+        if T == 1 and not window and self.recent is None and not (torch.is_grad_enabled() and q.requires_grad):
+            o = paged_attention.attend(q[:, :, 0], after.pages, scale=scale)[:, :, None]
+        else:
+            rows = (x.transpose(1, 2).flatten(0, 1) for x in (k, v, stored))  # (N H, T, ...)
+            o = self._attend_rows(q, *rows, layout.real.repeat_interleave(H, 0), scale, window)
+        return o.unflatten(0, (N, H)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+    def _attend_rows(self, q, k, v, stored, real, scale: float, window: int) -> Tensor:
         """q (R, groups, T, K) over pages, recent tokens and new ones (R, T, .): rows that hold about as much together,
         so that one full head beside empty ones costs what it holds and no more."""
         counts, order = self.pages.length.sort(descending=True)
-        real = real.repeat_interleave(self.heads, 0)
         recent = None
         if self.recent is not None:
             recent = [x.transpose(1, 2).flatten(0, 1) for x in vars(self.recent).values()]  # (R, W, ...)
@@ -133,15 +168,22 @@ class KVCache:
             parts.append(_over(q[rows], held, new, scale, window))
         return torch.cat(parts)[order.argsort()]
 
-    def _recent(self, k: Tensor, v: Tensor, stored: Tensor, real: Tensor, window: int) -> Recent | None:
-        """What the next token will see of a window: one token fewer than that."""
-        if window <= 1:
-            return None
-        seen = real[..., None] & ~stored
-        recent = self.recent
-        if recent is None:
-            recent = Recent(*(x[:, :0] for x in (k.to(self.pages.k.dtype), v.to(self.pages.v.dtype), seen)))
-        return recent.follow(k, v, seen, real.sum(1), window - 1)
+
+def attend_new(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stored: Tensor | None,
+    layout: Layout,
+    *,
+    scale: float,
+    window: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of tokens among themselves, as in training and at the start of a prompt; as for `KVCache.attend`."""
+    if stored is not None:
+        return routed_attention(q, k, v, stored, scale=scale, cu_seqlens=layout, window=window, backend=backend)
+    return causal_attention(q, k, v, layout, scale=scale, window=window)
 
 
 def _over(q: Tensor, held: list[tuple[Tensor, ...]], new: tuple[Tensor, ...], scale: float, window: int) -> Tensor:

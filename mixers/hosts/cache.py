@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixers.base import Mixer, MixerState, kv_cache_bytes, state_bytes
+from mixers.base import Mixer
+from mixers.state import MixerState, kv_cache_bytes, state_bytes
 
 
 def layer_of(cache: Any, index: int | None, owner: Any) -> Any:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.sequences import check_cu_seqlens, documents_in
+from kernels.sequences import Layout
 
 HIDDEN = -1e4  # an additive mask at or below this hides; hosts write -inf, the least of their dtype, or this
 
@@ -111,8 +111,7 @@ def beginnings(x: Tensor, real: Tensor | None, begins: Tensor | None = None, **t
             raise ValueError(
                 "cu_seq_lens_q and cu_seq_lens_k differ: a swapped mixer has no keys apart from its queries"
             )
-        check_cu_seqlens(bounds[0], B, T)
-        found.append(F.pad(documents_in(bounds[0]).diff() != 0, (1, 0))[None])
+        found.append(F.pad(Layout.of(bounds[0], x).documents.diff() != 0, (1, 0))[None])
     begins = torch.stack(found).any(0) if found else None
     return begins if begins is not None and begins.any() else None
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kernels.sequences import pad_packed, real_tokens, unpad
+from kernels.sequences import Layout
 
 RouterState = Tensor | dict[str, Tensor]
 """What a router remembers of N sequences: a tensor (N, ...), or several by name."""
@@ -45,7 +45,7 @@ class RouterInputs:
         positions: (B, T) int64 place of the token in its sequence.
         layer: index of the mixer in its model.
         output_weight: (D, H, V), the output projection.
-        cu_seqlens: (N + 1,) bounds of packed sequences, or None.
+        layout: how the sequences lie in (B, T).
         statistics: (B, T, H, 2) float32, p.v and p.p, for a router that asked for no more.
         state: what the router remembers of the N sequences, for a router with `init_state`; else None.
     """
@@ -60,7 +60,7 @@ class RouterInputs:
     positions: Tensor
     layer: int
     output_weight: Tensor
-    cu_seqlens: Tensor | None = None
+    layout: Layout
     statistics: Tensor | None = None
     state: RouterState | None = None
 
@@ -71,17 +71,18 @@ class RouterInputs:
             step: (state, what it sees of one token of every sequence (N, ...)) -> (new state, scores (N, H)).
             per_token: what it sees, (B, T, ...) each.
         """
-        real = None
-        if self.cu_seqlens is not None:
-            real = real_tokens(self.cu_seqlens)
-            per_token = tuple(pad_packed(x, real) for x in per_token)
-        state, scores = self.state, []
-        for t in range(per_token[0].shape[1]):
+        per_token = tuple(self.layout.pad(x) for x in per_token)
+        state, scores, real = self.state, [], self.layout.real
+        for t in range(self.layout.longest):
             new, score = step(state, *(x[:, t] for x in per_token))
-            state = new if real is None else _where(real[:, t], new, state)
+            state = _where(real[:, t], new, state) if self.layout.packed else new
             scores.append(score)
-        packed = torch.stack(scores, 1)
-        return packed if real is None else unpad(packed, real), state
+        return self.layout.unpad(torch.stack(scores, 1)), state
+
+    @property
+    def cu_seqlens(self) -> Tensor | None:
+        """(N + 1,) bounds of packed sequences, None of a sequence in each row."""
+        return self.layout.cu_seqlens
 
     @property
     def write(self) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.sequences import Layout
 from mixers.registry import SpecError
 from mixers.routers.base import Router, RouterInputs, RouterState
 
@@ -87,7 +88,8 @@ def _part(inputs: RouterInputs, start: int, stop: int) -> RouterInputs:
     names = ("x", "q", "k", "v", "prediction", "g", "beta", "positions", "statistics")
     parts = {name: None if (x := getattr(inputs, name)) is None else x[:, start:stop] for name in names}
     bounds = inputs.cu_seqlens
-    return replace(inputs, **parts, cu_seqlens=None if bounds is None else bounds.clamp(start, stop) - start)
+    bounds = None if bounds is None else bounds.clamp(start, stop) - start
+    return replace(inputs, **parts, layout=Layout.of(bounds, parts["x"]))
 
 
 def _off(one: Tensor, other: Tensor) -> float:

@@ -9,7 +9,6 @@ mass that later queries give the key when all keys are there. That target costs 
 import torch
 from torch import Tensor, nn
 
-from kernels.sequences import pad_packed, real_tokens, unpad
 from mixers.registry import check_range
 from mixers.routers.base import Router, RouterInputs
 
@@ -41,15 +40,12 @@ class Demand(Router):
 @torch.no_grad()
 def attention_mass(inputs: RouterInputs) -> Tensor:
     """Sum (B, T, H) of the attention weights that later tokens of the sequence give each key, all keys being there."""
-    q, k = inputs.q, inputs.k
-    real = None if inputs.cu_seqlens is None else real_tokens(inputs.cu_seqlens)
-    if real is not None:
-        q, k = pad_packed(q, real), pad_packed(k, real)
+    layout = inputs.layout
+    q, k = layout.pad(inputs.q), layout.pad(inputs.k)
     logits = torch.einsum("bthk,bjhk->bhtj", q, k).float()
     T = q.shape[1]
     later = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
     weights = logits.masked_fill(~later, -torch.inf).softmax(-1).tril(-1)
-    if real is not None:
-        weights = weights * real[:, None, :, None]
-    mass = weights.sum(2).transpose(1, 2)
-    return mass if real is None else unpad(mass, real)
+    if layout.packed:
+        weights = weights * layout.real[:, None, :, None]
+    return layout.unpad(weights.sum(2).transpose(1, 2))

@@ -36,7 +36,7 @@ lengths_of_sequences = st.lists(st.sampled_from([0, 1, 2, 17, 40, 41]), min_size
 def test_packed_is_alone(lengths, window):
     parts = [x.requires_grad_() for x in draw(sum(lengths))]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
-    ours, golden = causal_attention(*parts, bounds, window), alone(*parts, lengths, window)
+    ours, golden = causal_attention(*parts, bounds, window=window), alone(*parts, lengths, window)
     assert_close(ours, golden, rtol=0, atol=1e-12)
     weight = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for one, other in zip(*(torch.autograd.grad((o * weight).sum(), parts) for o in (ours, golden)), strict=True):
@@ -48,7 +48,7 @@ def test_what_cuda_is_asked(window, monkeypatch):
     """PyTorch's attention without padding gets the row as it is, with bounds, window and groups."""
     lengths, asked = [5, 0, 2], {}
 
-    def varlen_attn(q, k, v, bounds, bounds_k, longest, longest_k, *, window_size, enable_gqa):
+    def varlen_attn(q, k, v, bounds, bounds_k, longest, longest_k, *, scale, window_size, enable_gqa):
         asked.update(window_size=window_size, enable_gqa=enable_gqa, longest=longest)
         assert bounds is bounds_k and bounds.dtype == torch.int32 and longest == longest_k
         sizes = bounds.diff().tolist()
@@ -57,7 +57,7 @@ def test_what_cuda_is_asked(window, monkeypatch):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     monkeypatch.setattr(module, "_varlen_takes", lambda q: True)
     parts, bounds = draw(7), torch.tensor([0, 5, 5, 7])
-    assert_close(causal_attention(*parts, bounds, window), alone(*parts, lengths, window), rtol=0, atol=1e-12)
+    assert_close(causal_attention(*parts, bounds, window=window), alone(*parts, lengths, window), rtol=0, atol=1e-12)
     assert asked == {"window_size": (window - 1, 0), "enable_gqa": True, "longest": 5}
 
 

@@ -1,4 +1,4 @@
-"""Attention to pages against its definition, and what pages hold: in order, unshared, and no more of them than needed."""
+"""Attention to pages against its definition, and what pages hold: in order, unshared, no more than needed."""
 
 import pytest
 import torch

@@ -163,7 +163,12 @@ class TestTriton:
         """Fake tensors, autograd registration and aliasing, as torch.compile and FSDP rely on them."""
         inputs = {n: x.float() if x.is_floating_point() else x for n, x in make(T=20, bias=True).items()}
         parts = [inputs[name].detach().requires_grad_() for name in ("q", "k", "v", "bias")]
-        arguments = (*parts, *triton_ranked.plan(inputs["stored"], Layout.of(None, inputs["stored"]), window), 0.5, window)
+        arguments = (
+            *parts,
+            *triton_ranked.plan(inputs["stored"], Layout.of(None, inputs["stored"]), window),
+            0.5,
+            window,
+        )
         torch.library.opcheck(torch.ops.lightning_mixers.routed_attention, arguments)
 
     @pytest.mark.parametrize("window", [0, 4])

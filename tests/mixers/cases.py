@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from mixers import build_mixer, list_mixers, list_routers, set_kv_usage
-from mixers.bounded_cache import BoundedCache
+from mixers.caches.bounded import BoundedCache
 from mixers.ham import HAM
 from mixers.registry import MIXERS
 from mixers.threshold import Fixed

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernels.sequences import Layout
 from mixers import SpecError, build_mixer
-from mixers.bounded_cache import BoundedCache, best
+from mixers.caches.bounded import BoundedCache, best
 
 
 def one_by_one(scores, limit):
@@ -42,7 +43,8 @@ def test_a_cache_filled_in_parts_holds_the_same(scores, limit, cuts):
     bounds = sorted({0, len(scores), *(cut for cut in cuts if cut < len(scores))})
     for start, stop in zip(bounds, bounds[1:], strict=False):
         part = place[:, start:stop]
-        _, cache = cache.attend(part, part, part, torch.tensor(scores[start:stop]).view(1, -1, 1), 1.0)
+        score = torch.tensor(scores[start:stop]).view(1, -1, 1)
+        _, cache = cache.attend(part, part, part, score > -torch.inf, score, Layout.of(None, part), scale=1.0)
     there = cache.score[0] > -torch.inf
     assert cache.k[0, there, 0].tolist() == one_by_one(scores, limit)[-1]
     assert cache.counts.tolist() == [[int(there.sum())]] and cache.k.shape[1] <= limit

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from kernels.sequences import Layout
 from mixers import build_mixer
 from mixers.layers import ShortConvolution, rotary
 
@@ -137,7 +138,7 @@ def test_rotary_positions_are_relative():
 @pytest.mark.parametrize("taps", [2, 4])
 def test_the_short_convolution_starts_on_its_last_two_taps(taps):
     x = torch.randn(1, 9, 3)
-    y, tail = ShortConvolution(3, taps=taps)(x, None, None)
+    y, tail = ShortConvolution(3, taps=taps)(x, None, Layout.of(None, x))
     before = torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
     assert_close(y, torch.nn.functional.silu(x + before))
     assert torch.equal(tail, x[:, 9 - taps + 1 :])
@@ -145,7 +146,8 @@ def test_the_short_convolution_starts_on_its_last_two_taps(taps):
 
 def test_a_query_starts_as_the_key_of_its_token():
     memory = build_mixer("gdn", dim=DIM, num_heads=2).memory
-    m = memory(torch.randn(1, T, DIM), None, None, None)
+    x = torch.randn(1, T, DIM)
+    m = memory(x, None, None, Layout.of(None, x))
     assert torch.equal(m.q, m.k)
     assert_close(m.q.norm(dim=-1), torch.ones(1, T, 2), rtol=0, atol=1e-4)
 

@@ -8,10 +8,11 @@ import torch
 from torch.nn.functional import cosine_similarity
 from torch.testing import assert_close
 
+from kernels.sequences import Layout
 from lit_modules.generation import generate
 from mixers import Decoder, Router, SpecError, build_mixer, register_router
-from mixers.base import state_bytes
 from mixers.registry import ROUTERS
+from mixers.state import state_bytes
 from tests.mixers.cases import bounds_of, mask_of, tensors_of, tokens
 
 DIM, HEADS = 12, 2
@@ -59,7 +60,7 @@ def make(router=Unusual, dtype=torch.float64, **options):
 
 def by_hand(mixer, x):
     """Scores (T, H) of one sequence, from the definition."""
-    m = mixer.memory(x, None, None, None)
+    m = mixer.memory(x, None, None, Layout.of(None, x))
     surprise, mean, scores = 1 - cosine_similarity(m.prediction, m.v, dim=-1)[0], torch.ones(HEADS), []
     for now in surprise:
         scores.append(now - mean)

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
+from kernels.sequences import Layout
 from mixers import Decoder, Router, SpecError, build_mixer, list_routers, register_router
 from mixers.registry import ROUTERS
 from mixers.routers.base import RouterInputs
@@ -36,6 +37,7 @@ def inputs():
         positions=torch.arange(T).expand(B, T),
         layer=0,
         output_weight=normal(D, H, V),
+        layout=Layout.of(None, v),
         statistics=torch.stack([(prediction * v).sum(-1), prediction.square().sum(-1)], -1),
     )
 
@@ -88,7 +90,7 @@ class TestResidual:
     def test_the_mixer_hands_over_its_projection(self):
         mixer = make_ham(router="residual").double()
         x = torch.randn(1, 9, 12, dtype=torch.float64)
-        memory = mixer.memory(x, None, None, None)
+        memory = mixer.memory(x, None, None, Layout.of(None, x))
         for h in range(2):
             write = torch.zeros(1, 9, 8, dtype=torch.float64)
             write[..., 4 * h : 4 * h + 4] = memory.write[:, :, h]
@@ -153,7 +155,7 @@ class TestDemand:
     def test_the_mass_that_later_tokens_give_a_key(self, inputs, bounds):
         if bounds:
             inputs = RouterInputs(**{name: x[:1] if name in ("q", "k") else x for name, x in vars(inputs).items()})
-            inputs.cu_seqlens = torch.tensor(bounds)
+            inputs.layout = Layout.of(torch.tensor(bounds), inputs.q)
         q, k = inputs.q.numpy(), inputs.k.numpy()
         golden = np.zeros((len(q), T, H))
         for start, stop in zip(bounds[:-1], bounds[1:], strict=True) if bounds else [(0, T)]:
@@ -234,7 +236,7 @@ class TestControls:
         x = torch.randn(2, 15, 12, dtype=torch.float64)
         out = mixer(x)
         assert out.routing.window == 4
-        m = mixer.memory(x, None, None, None)
+        m = mixer.memory(x, None, None, Layout.of(None, x))
         q = (m.q * mixer.log_scale.exp()[:, None]).transpose(1, 2)
         behind = torch.arange(15)[:, None] - torch.arange(15)
         mask = (behind >= 0) & (behind < 4)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kernels.decode import PAGE
+from kernels.paged_attention import PAGE
 from mixers import Decoder, build_mixer, kv_cache_bytes, set_kv_usage
+from mixers.gated_delta_net import RecurrentState
 from mixers.ham import HAM
 from tests.mixers.cases import CASES, DIM, SMALL, every_case, every_ham, made, make, mask_of, tensors_of, tokens
 
@@ -59,12 +60,12 @@ def test_a_bfloat16_model_keeps_its_memory_in_float32(case):
     mixer = make(case, torch.bfloat16)
     out = mixer(tokens(0, 2, 9, dtype=torch.bfloat16), mixer.init_state(2))
     assert out.hidden.dtype == torch.bfloat16
-    if out.state.recurrent is not None:
+    if isinstance(out.state, RecurrentState):
         assert out.state.recurrent.dtype == torch.float32
     if out.routing is not None:
         assert {x.dtype for x in (out.routing.scores, out.routing.tau, out.routing.g)} == {torch.float32}
-    if out.state.kv is not None:
-        assert getattr(out.state.kv, "pages", out.state.kv).k.dtype == torch.bfloat16
+    for cache in out.state.caches:
+        assert getattr(cache, "pages", cache).k.dtype == torch.bfloat16
 
 
 @every_case
@@ -76,7 +77,7 @@ def test_autocast(case):
         out = mixer(x, mixer.init_state(2))
     (out.hidden.float().sum() + (0 if out.aux_loss is None else out.aux_loss)).backward()
     assert all(weight.grad.isfinite().all() for weight in mixer.parameters() if weight.grad is not None)
-    if out.state.recurrent is not None:
+    if isinstance(out.state, RecurrentState):
         assert out.state.recurrent.dtype == torch.float32
     if out.routing is not None:
         assert {x.dtype for x in (out.routing.scores, out.routing.tau, out.routing.g)} == {torch.float32}
@@ -111,24 +112,24 @@ def test_the_cache_holds_what_was_stored_and_no_more(case):
     assert kv_cache_bytes([out.state, out.state, None]) == 2 * kv_cache_bytes(out.state)
 
 
-@every_case
 @pytest.mark.parametrize(
-    ("T", "options", "message"),
+    ("options", "message"),
     [
-        (8, {"cu_seqlens": torch.tensor([0, 4, 8])}, "cu_seqlens needs a batch of one packed row, got 2 rows"),
-        (8, {"padding_mask": torch.ones(2, 7, dtype=torch.bool)}, r"padding_mask must be bool \(2, 8\)"),
-        (8, {"padding_mask": torch.ones(2, 8)}, r"padding_mask must be bool \(2, 8\) .*, got torch.float32"),
-        (8, {"state": 3}, "the state is of 3 sequences, the input is not"),
-        (8, {"x": torch.zeros(2, 8, DIM + 1, dtype=torch.float64)}, rf"x must be \(B, T, {DIM}\), got \(2, 8, 13\)"),
-        (8, {"x": torch.zeros(8, DIM, dtype=torch.float64)}, r"x must be \(B, T, 12\), got \(8, 12\)"),
+        ({"cu_seqlens": torch.tensor([0, 4, 8])}, "cu_seqlens needs a batch of one packed row, got 2 rows"),
+        ({"padding_mask": torch.ones(2, 7, dtype=torch.bool)}, r"padding_mask must be bool \(2, 8\)"),
+        ({"padding_mask": torch.ones(2, 8)}, r"padding_mask must be bool \(2, 8\) .*, got torch.float32"),
+        ({"state": 3}, "the state is of 3 sequences, the input of 2"),
+        ({"x": torch.zeros(2, 8, DIM + 1, dtype=torch.float64)}, rf"x must be \(B, T, {DIM}\), got \(2, 8, 13\)"),
+        ({"x": torch.zeros(8, DIM, dtype=torch.float64)}, r"x must be \(B, T, 12\), got \(8, 12\)"),
     ],
 )
-def test_arguments_that_do_not_fit(case, T, options, message):
-    mixer = made(case)
-    if "state" in options:
-        options = {"state": mixer.init_state(options["state"])}
-    with pytest.raises(ValueError, match=message):
-        mixer(**{"x": tokens(0, 2, T)} | options)
+def test_arguments_that_do_not_fit(options, message):
+    """The base of all mixers says so."""
+    for case in ("attention", "gated_delta_net", "ham"):
+        mixer = made(case)
+        given = options | ({"state": mixer.init_state(options["state"])} if "state" in options else {})
+        with pytest.raises(ValueError, match=message):
+            mixer(**{"x": tokens(0, 2, 8)} | given)
 
 
 def test_a_state_of_another_mixer():

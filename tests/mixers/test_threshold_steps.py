@@ -97,7 +97,7 @@ class TestStepUnderWay:
         gradients, x = [], model.embedding(draw(B=4)).detach()
         for look in (False, True):
             each = copy.deepcopy(model)
-            y = checkpoint(lambda x, m=each: m.blocks[0](x, None, None, None)[0], x, use_reentrant=False)
+            y = checkpoint(lambda x, m=each: m.blocks[0](x)[0], x, use_reentrant=False)
             if look:
                 evaluate(each)
                 each.train()
@@ -175,9 +175,9 @@ class TestCheckpointing:
             x = model.embedding(draw())
             for block in model.blocks:
                 if reentrant is None:
-                    x, _ = block(x, None, None, None)
+                    x, _ = block(x)
                 else:
-                    x = checkpoint(lambda x, block=block: block(x, None, None, None)[0], x, use_reentrant=reentrant)
+                    x = checkpoint(lambda x, block=block: block(x)[0], x, use_reentrant=reentrant)
             model.zero_grad()
             model.norm(x).square().mul(torch.linspace(-1, 1, 16)).sum().backward()
             gradients.append([None if w.grad is None else w.grad.clone() for w in model.parameters()])
