@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixers.base import Mixer, MixerOutput, MixerState
+from mixers.base import Mixer, MixerOutput
 from mixers.calibration import calibrate
 from mixers.registry import SpecError, build_mixer, parse_spec
 from mixers.routers.base import Router
+from mixers.state import MixerState
 from mixers.threshold import thresholds_of
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}

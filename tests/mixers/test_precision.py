@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import mixers.ham
+import mixers.caches.paged
 import mixers.memory
 from mixers import build_mixer
 from mixers.attention import Attention
@@ -38,7 +38,7 @@ def seen(monkeypatch):
         monkeypatch.setattr(module, name, call)
 
     spy(mixers.memory, "gated_delta_rule")
-    spy(mixers.ham, "routed_attention")
+    spy(mixers.caches.paged, "routed_attention")
     spy(F, "scaled_dot_product_attention")
     return found
 
