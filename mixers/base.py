@@ -70,16 +70,16 @@ class Mixer(nn.Module):
     layer_index = 0
     """Place of the mixer in its model, set by `mixers.threshold.share_threshold`."""
     _kind: dict | None = None  # of its states, once one was given
-    _takes_bounds = False
+    _takes_layout = True
 
     def __init_subclass__(cls, **options) -> None:
         super().__init_subclass__(**options)
-        cls._takes_bounds = "cu_seqlens" in inspect.signature(cls.mix).parameters
+        cls._takes_layout = "layout" in inspect.signature(cls.mix).parameters
 
     def mix(self, x: Tensor, state: MixerState | None, layout: Layout) -> MixerOutput:
         """Mix x (B, T, D), T >= 1: a sequence in each row or, packed, N sequences in one; `layout` tells their bounds,
-        lengths and positions. (A `mix` whose last argument is called `cu_seqlens` is given the bounds (N + 1,) int32
-        alone, None of a sequence in each row.)
+        lengths and positions. (A `mix` without an argument of that name is given `cu_seqlens` instead: the bounds
+        (N + 1,) int32 alone, None of a sequence in each row.)
 
         `state` is of those N sequences; it is not changed, and the output carries a new one.
         """
@@ -134,7 +134,7 @@ class Mixer(nn.Module):
         if x.shape[1] == 0:
             return MixerOutput(x, state)
         if padding_mask is None:
-            return self.mix(x, state, layout.cu_seqlens if self._takes_bounds else layout)
+            return self.mix(x, state, layout if self._takes_layout else layout.cu_seqlens)
         packed, layout, back = without_padding(x, layout, padding_mask)
         out = self.forward(packed, state, layout)
         routing = None if out.routing is None else out.routing.map(back)

@@ -91,11 +91,12 @@ class PagedCache:
     def append(self, k: Tensor, v: Tensor, stored: Tensor) -> "PagedCache":
         """The cache with more tokens: k (R, T, K) and v (R, T, V) where `stored` (R, T) is True, in order.
 
-        One token a row is appended without waiting for the device, but for every PAGE-th time; of several, it is asked
-        how many are stored, so that there are pages for those and no more.
+        Of several tokens a row the device is asked how many are stored, so that there are pages for those and no more.
+        One token a row is appended without asking, but for every PAGE-th time: each row then gets a page in reserve, as
+        soon as any stores something.
         """
         T = stored.shape[1]
-        if not stored.numel():
+        if not stored.numel() or (T == 1 and self.reserved < 1 and not stored.any()):
             return self
         counts = stored.sum(1, dtype=torch.int32)
         if not self._may_write(k):

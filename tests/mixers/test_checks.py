@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -24,6 +24,13 @@ from tests.mixers.cases import HAMS
 from tests.mixers.test_router_states import WRONG, Forgets, Twice, Unusual
 
 
+@dataclass
+class Total(MixerState):
+    """What a mixer of one's own remembers: a dataclass of its own."""
+
+    total: torch.Tensor  # (N, D)
+
+
 class Decay(Mixer):
     """A sum that decays, (B, T, D) -> (B, T, D): the least that is right in everything."""
 
@@ -33,18 +40,18 @@ class Decay(Mixer):
 
     def init_state(self, batch_size, device=None, dtype=None):
         like = dict(device=device or self.linear.weight.device)
-        total = torch.zeros(batch_size, self.dim, 1, 1, dtype=dtype or self.linear.weight.dtype, **like)
-        return MixerState(torch.zeros(batch_size, dtype=torch.long, **like), total)
+        total = torch.zeros(batch_size, self.dim, dtype=dtype or self.linear.weight.dtype, **like)
+        return Total(torch.zeros(batch_size, dtype=torch.long, **like), total)
 
     def mix(self, x, state, cu_seqlens):
         lengths = [x.shape[1]] * len(x) if cu_seqlens is None else cu_seqlens.diff().tolist()
-        totals = self.init_state(len(lengths)).recurrent if state is None else state.recurrent
+        totals = self.init_state(len(lengths)).total if state is None else state.total
         rows = x.unbind(0) if cu_seqlens is None else x[0].split(lengths)
-        done = [self.run(row, total[:, 0, 0]) for row, total in zip(rows, totals, strict=True)]
+        done = [self.run(row, total) for row, total in zip(rows, totals, strict=True)]
         hidden = torch.stack([y for y, _ in done]) if cu_seqlens is None else torch.cat([y for y, _ in done])[None]
         if state is not None:
-            total = torch.stack([total for _, total in done])[..., None, None]
-            state = MixerState(state.length + torch.tensor(lengths), total)
+            total = torch.stack([total for _, total in done])
+            state = Total(state.length + torch.tensor(lengths), total)
         return MixerOutput(self.linear(hidden), state)
 
     def run(self, row, total):
@@ -86,7 +93,7 @@ def with_hidden(change):
 def in_place(self, mix, x, s, c):
     out = mix(x, s, c)
     if s is not None:
-        s.recurrent.copy_(out.state.recurrent.detach())
+        s.total.copy_(out.state.total.detach())
     return out
 
 
@@ -100,7 +107,7 @@ WRONG_MIXERS = {
         "packed documents are as if alone: no, hidden without a state differs by",
     ),
     "forgets its state": (
-        mix(lambda self, mix, x, s, c: mix(x, s and replace(s, recurrent=0 * s.recurrent), c)),
+        mix(lambda self, mix, x, s, c: mix(x, s and replace(s, total=0 * s.total), c)),
         "any split of T gives the same: no, hidden differs by",
     ),
     "counts wrong": (

@@ -26,9 +26,9 @@ def test_all_is_well_here(run, tmp_path):
 
 @pytest.mark.parametrize("wrong", ["forward", "backward", "nan", "raises"])
 def test_a_wrong_backend_is_found(run, monkeypatch, wrong):
-    from kernels.routed_attention import gathered
+    from kernels.routed_attention import torch_gathered
 
-    right = gathered.routed_attention
+    right = torch_gathered.routed_attention
 
     def bad(q, k, v, *args, **options):
         o = right(q, k, v, *args, **options)
@@ -40,7 +40,7 @@ def test_a_wrong_backend_is_found(run, monkeypatch, wrong):
             return torch.full_like(o, torch.nan) + o
         raise RuntimeError("no kernel\nimage")
 
-    monkeypatch.setattr(gathered, "routed_attention", bad)
+    monkeypatch.setattr(torch_gathered, "routed_attention", bad)
     monkeypatch.setitem(module.OPERATIONS, "routed_attention", {"torch": "", "naive": ""})
     monkeypatch.setitem(module.OPERATIONS, "delta_rule", {"torch": "", "naive": ""})
     result = run("doctor --lengths [20]")
@@ -71,7 +71,7 @@ def test_kernels_compile_for_hopper_without_spills(tmp_path):
     assert {kernel["K"] for kernel in kernels} == {64, 128}
     assert {kernel["name"] for kernel in kernels} >= {
         *("prepare", "scan", "read", "prepare_back", "scan_back", "gradients_v", "gradients_k"),
-        *("forward", "backward_q", "backward_kv", "step_kernel", "attend_kernel"),
+        *("forward", "backward_q", "backward_kv", "steps", "attend_kernel"),
     }
     for kernel in kernels:
         assert kernel["spilled"] == 0, kernel
