@@ -80,9 +80,6 @@ class Attention(Mixer):
         conv = None if self.conv is None else self.conv.init_state(batch_size, **like)
         return AttentionState(length, cache, conv)
 
-    def full_kv_bytes(self) -> int:
-        return 2 * self.num_kv_heads * self.head_dim * self.out.weight.element_size()
-
     def projections(self) -> dict[str, Tensor]:
         parts = self.qkv.weight.split([heads * self.head_dim for heads in self.heads])
         return dict(zip("qkv", parts, strict=True)) | {"o": self.out.weight}

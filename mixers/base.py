@@ -94,11 +94,6 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError(f"mixer {type(self).__module__}.{type(self).__qualname__} has no init_state")
 
-    def full_kv_bytes(self) -> int | None:
-        """Bytes of keys and values that a token would take if every head kept it, which what is kept is a share of;
-        None: the mixer does not say."""
-        return None
-
     def projections(self) -> dict[str, Tensor]:
         """The weights (out, in) of the projections of x to queries `q`, keys `k` and values `v`, and of what is read to
         the output `o`, where the mixer has such; views, so that they can be written."""
