@@ -7,6 +7,7 @@ from torch.nn import functional as F
 import mixers.caches.paged
 import mixers.memory
 from mixers import build_mixer
+from mixers.gated_delta_net import RecurrentState
 from mixers.attention import Attention
 from mixers.gated_delta_net import GatedDeltaNet
 from tests.mixers.cases import CASES, DIM
@@ -61,7 +62,7 @@ def test_what_reaches_the_operations_under_autocast(seen, case, width):
         assert dtype == (width if narrow else exact), f"{argument} of {operation} is {dtype}"
     if out.routing is not None:
         assert out.routing.scores.dtype == out.routing.tau.dtype == out.routing.g.dtype == torch.float32
-    if read.state.recurrent is not None:
+    if isinstance(read.state, RecurrentState):
         assert read.state.recurrent.dtype == torch.float32
     out.hidden.sum().backward()
     assert all(p.grad is None or p.grad.dtype == p.dtype == torch.float32 for p in mixer.parameters())
