@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.sequences import check_cu_seqlens
+from kernels.sequences import Layout
 from lit_modules.data.stream import REPEATED, Batch
 from mixers.registry import SpecError
 
@@ -65,7 +65,7 @@ def check_batch(batch: Any, *, answers: tuple[str, ...], vocab_size: int, num_cl
             raise SpecError(f"{name} must be in 0..{size - 1}, as {source} says, got {int(wrong[0])}")
     if "cu_seqlens" in batch:
         try:
-            check_cu_seqlens(batch["cu_seqlens"], *tokens.shape)
+            Layout.of(batch["cu_seqlens"], tokens)
         except (ValueError, AttributeError) as error:
             raise SpecError(str(error)) from error
 

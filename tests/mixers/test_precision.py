@@ -7,9 +7,8 @@ from torch.nn import functional as F
 import mixers.caches.paged
 import mixers.memory
 from mixers import build_mixer
-from mixers.gated_delta_net import RecurrentState
 from mixers.attention import Attention
-from mixers.gated_delta_net import GatedDeltaNet
+from mixers.gated_delta_net import GatedDeltaNet, RecurrentState
 from tests.mixers.cases import CASES, DIM
 
 SEEN = {
