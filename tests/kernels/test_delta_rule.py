@@ -8,13 +8,13 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import normalize
 from torch.testing import assert_close
 
 from kernels import dispatch
 from kernels.delta_rule import BACKENDS, gated_delta_rule, torch_chunks, triton_chunks
 from kernels.delta_rule.triton_forward import inverse
 from kernels.sequences import Layout
+from tests.kernels.delta_rule_cases import lengths_of_documents, make, small_shapes
 
 
 @triton.jit
@@ -24,49 +24,9 @@ def inverse_of(matrix, x, C: tl.constexpr):
 
 
 AVAILABLE = [name for name in BACKENDS if not dispatch.unavailable(name, "cpu")]
-AVAILABLE.remove("triton_recurrent")  # gives no gradient, and has tests of its own
+AVAILABLE.remove("triton_recurrent")  # gives no gradient: tests/kernels/test_delta_rule_recurrent.py
 FAST = [name for name in AVAILABLE if name != "naive"]
-INPUTS = ("q", "k", "v", "g", "beta", "initial_state")
 OUTPUTS = ("o", "prediction", "final_state")
-
-
-def make(
-    *,
-    seed=0,
-    B=1,
-    T=8,
-    H=2,
-    K=4,
-    V=4,
-    groups=1,
-    N=None,
-    keys="any",
-    decay="any",
-    beta="any",
-    dtype=torch.float64,
-):
-    """q, k, v, g, beta, initial_state. N sequences, B of them by default."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=draw, dtype=torch.float64)
-
-    q, k = normalize(normal(B, T, H, K), dim=-1), normal(B, T, H, K)
-    if keys == "alike":
-        k = normal(1, 1, H, K) + 1e-3 * k
-    k = normalize(k, dim=-1) * {"zero": 0.0, "some zero": torch.rand(B, T, H, 1, generator=draw) > 0.5}.get(keys, 1.0)
-    heads = B, T, H * groups
-    g = {
-        "none": torch.zeros(heads),
-        "any": -normal(*heads).exp(),
-        "slow": -1e-3 * normal(*heads).exp(),
-        "reset": -1e4 * (torch.rand(heads, generator=draw) > 0.7),
-        "fast": torch.full(heads, -1e4),
-    }[decay]
-    strength = {"any": normal(*heads).sigmoid(), "0": torch.zeros(heads), "1": torch.ones(heads)}[beta]
-    state = normal(N or B, H * groups, K, V)
-    parts = q, k, normal(*heads, V), g, strength, state
-    return {name: x.to(dtype).requires_grad_() for name, x in zip(INPUTS, parts, strict=True)}
 
 
 def run(inputs, outputs=OUTPUTS, **options):
@@ -103,19 +63,6 @@ shapes = st.fixed_dictionaries(
     }
 )
 
-small_shapes = st.fixed_dictionaries(  # the interpreter is slow
-    {
-        "seed": st.integers(0, 1000),
-        "H": st.just(1),
-        "groups": st.integers(1, 2),
-        "K": st.integers(1, 20),
-        "V": st.integers(1, 20),
-        "keys": st.sampled_from(["any", "alike", "some zero"]),
-        "decay": st.sampled_from(["none", "any", "reset", "fast"]),
-        "beta": st.sampled_from(["any", "0", "1"]),
-    }
-)
-
 
 @pytest.fixture(scope="module")
 def small_chunks():
@@ -123,9 +70,6 @@ def small_chunks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_chunks, "chunk_size", lambda K, V: 32)
         yield
-
-
-lengths_of_documents = st.lists(st.sampled_from([0, 0, 1, 5, 16, 17, 35]), min_size=1, max_size=5).filter(any)
 
 
 def check_batch(backend, delta, shape, B, T, first):
@@ -235,53 +179,6 @@ def test_the_operator_is_sound(small_chunks):
     flat = (x[0] for x in (q, k, v, g, beta))
     bounds = torch.tensor([0, 20], dtype=torch.int32)
     torch.library.opcheck(torch.ops.lightning_mixers.gated_delta_rule, (*flat, state, bounds, 0.5, True, 1))
-
-
-class TestTokenByToken:
-    """The Triton kernel for short calls without a gradient."""
-
-    @settings(max_examples=8)
-    @given(
-        shape=small_shapes,
-        lengths=lengths_of_documents,
-        delta=st.booleans(),
-        predict=st.sampled_from(["values", "statistics", "none"]),
-        dtype=st.sampled_from([torch.float64, torch.float32]),
-    )
-    def test_it_is_the_definition(self, shape, lengths, delta, predict, dtype, no_stale_memory):
-        bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-        inputs = {name: x.detach() for name, x in make(T=sum(lengths), N=len(lengths), **shape, dtype=dtype).items()}
-        options = dict(delta=delta, cu_seqlens=bounds, predict=predict)
-        ours = gated_delta_rule(**inputs, **options, backend="triton_recurrent")
-        golden = gated_delta_rule(**{n: x.double() for n, x in inputs.items()}, **options, backend="naive")
-        for one, other in zip(ours, golden, strict=True):
-            assert (one is None) == (other is None)
-            if one is not None:
-                size = 1 + other.abs().max().item() if other.numel() else 1
-                tolerance = size * (1e-12 if dtype == torch.float64 else 1e-5)
-                assert_close(one.double(), other, rtol=0, atol=tolerance)
-
-    def test_several_blocks_of_values(self):
-        inputs = {name: x.detach() for name, x in make(B=2, T=3, H=1, K=130, V=70).items()}
-        for predict in ("values", "statistics"):
-            ours = gated_delta_rule(**inputs, predict=predict, backend="triton_recurrent")
-            for one, other in zip(ours, gated_delta_rule(**inputs, predict=predict, backend="naive"), strict=True):
-                assert_close(one, other, rtol=0, atol=1e-11)
-
-    def test_auto_takes_it_for_short_calls_without_a_gradient(self, monkeypatch):
-        monkeypatch.setitem(dispatch.PREFERENCE, "cpu", ("triton", "torch"))
-
-        def ran(T, differentiable):
-            inputs = {name: x.detach().requires_grad_(differentiable) for name, x in make(T=T).items()}
-            gated_delta_rule(**inputs)
-            return dispatch.CHOSEN["delta_rule"]
-
-        assert ran(1, False) == ran(64, False) == "triton_recurrent"
-        assert ran(65, False) == ran(1, True) == "triton"
-
-    def test_a_gradient_is_refused(self):
-        with pytest.raises(ValueError, match="'triton_recurrent' of delta_rule gives no gradient; use 'triton'"):
-            gated_delta_rule(**make(), backend="triton_recurrent")
 
 
 @pytest.mark.parametrize("delta", [True, False])
