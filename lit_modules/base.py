@@ -7,6 +7,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torchmetrics import MetricCollection
 
 from lit_modules.budgets import build_budget
@@ -85,6 +87,8 @@ class SequenceModule(pl.LightningModule):
         warmup_steps: steps of linear warm-up.
         schedule: "cosine" or "constant" after the warm-up.
         final_learning_rate: end of the cosine, as a share of the peak.
+        compile: compile the decoder (`torch.compile`) when a trainer runs it.
+        activation_checkpointing: less memory and more time, see :class:`mixers.backbone.Decoder`.
 
     Raises:
         SpecError: a spec, usage or schedule that does not hold.
@@ -111,6 +115,8 @@ class SequenceModule(pl.LightningModule):
         warmup_steps: int = 20,
         schedule: str = "cosine",
         final_learning_rate: float = 0.1,
+        compile: bool = False,
+        activation_checkpointing: bool = False,
     ):
         super().__init__()
         if kv_usage is not None:
@@ -118,6 +124,8 @@ class SequenceModule(pl.LightningModule):
         if schedule not in ("cosine", "constant"):
             raise SpecError(f"unknown schedule {schedule!r}; known: constant, cosine")
         self.budget = build_budget(budget)
+        if compile and activation_checkpointing and self.budget:
+            raise SpecError("compile, activation_checkpointing and budget 'any' do not go together; leave one out")
         check_range(0, learning_rate=learning_rate, weight_decay=weight_decay, warmup_steps=warmup_steps)
         check_range(0, final_learning_rate=final_learning_rate)
         if len(betas) != 2:
@@ -131,6 +139,7 @@ class SequenceModule(pl.LightningModule):
             mixer=with_options(mixer, router=router, kv_usage=kv_usage),
             mlp_ratio=mlp_ratio,
             tie_embeddings=tie_embeddings,
+            activation_checkpointing=activation_checkpointing,
         )
         if kv_usage is not None:
             set_kv_usage(self.decoder, kv_usage)  # which a threshold that has none refuses
@@ -140,6 +149,37 @@ class SequenceModule(pl.LightningModule):
         self.usage = KVUsage()
         self.last_usage: dict[str, float] = {}
         self.last_batch: dict[str, Tensor] = {}  # of training
+        self.configured = False
+        self.flagged: list[str] = []  # parameters that are not decayed; sharded ones lose the mark
+
+    def configure_model(self) -> None:
+        """Shards the parameters over the processes of a `ModelParallelStrategy` (FSDP2), block by block; compiles.
+
+        Raises:
+            SpecError: a strategy that splits tensors.
+        """
+        if self.configured:
+            return
+        self.configured = True
+        if self.device_mesh is not None:
+            if self.device_mesh["tensor_parallel"].size() > 1:
+                raise SpecError(
+                    "no mixer is split over devices: give ModelParallelStrategy data_parallel_size, the number of"
+                    " processes, and tensor_parallel_size 1"
+                )
+            self._shard(self.device_mesh["data_parallel"])
+        if self.hparams.compile:
+            self.decoder.compile()
+
+    def _shard(self, mesh: DeviceMesh) -> None:
+        if any(threshold.trained_by_gate for threshold in thresholds_of(self.decoder)):
+            raise SpecError(
+                "threshold 'learned' is a parameter of several blocks and cannot be sharded; use 'calibrated'"
+            )
+        self.flagged = [name for name, x in self.named_parameters() if getattr(x, "_no_weight_decay", False)]
+        parts = [part for part in self.children() if next(part.parameters(), None) is not None]
+        for part in (*self.decoder.blocks, *parts):
+            fully_shard(part, mesh=mesh)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean loss of a batch in nats, float32 scalar."""
@@ -274,6 +314,8 @@ class SequenceModule(pl.LightningModule):
                 "precision 16-true cannot train: AdamW's second moments are below what float16 holds; use bf16-true,"
                 " bf16-mixed or 16-mixed"
             )
+        for name in self.flagged:
+            self.get_parameter(name)._no_weight_decay = True
         groups = parameter_groups(self, hparams.weight_decay)
         fused = not self.trainer.precision.endswith("-mixed")  # there Lightning refuses to clip for a fused optimizer
         optimizer = torch.optim.AdamW(groups, lr=hparams.learning_rate, betas=tuple(hparams.betas), fused=fused)
@@ -295,6 +337,8 @@ class SequenceModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses the checkpoint of another model in one line, before torch lists every tensor that differs."""
+        if "state_dict" not in checkpoint:  # a sharded one, which the strategy reads
+            return
         theirs = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
         ours = {name: tensor.shape for name, tensor in self.state_dict().items()}
         if theirs == ours:

@@ -92,7 +92,7 @@ class CalibrateThresholds(pl.Callback):
         data = getattr(trainer, "datamodule", None)
         loader = trainer.train_dataloader if data is None else data.train_dataloader()
         batches = (trainer.strategy.batch_to_device(batch) for batch in islice(loader, self.batches))
-        with trainer.precision_plugin.forward_context():
+        with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
             if (budget := getattr(pl_module, "budget", None)) and budget.allocate and sharing(pl_module):
                 few = [*islice(batches, TRIED)]
                 batches = chain(few, batches)

@@ -1,19 +1,22 @@
 """A decoder around any mixer: embedding, blocks of (RMSNorm, mixer, RMSNorm, SwiGLU), final norm, head."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from kernels.sequences import Layout
-from mixers.base import Mixer, Routing, without_padding
+from mixers.base import Mixer, MixerOutput, Routing, without_padding
 from mixers.registry import MIXERS, SpecError, check_positive, parse_pattern
 from mixers.state import MixerState
-from mixers.threshold import share_threshold
+from mixers.threshold import share_threshold, thresholds_of
 
 
 @dataclass
@@ -65,6 +68,8 @@ class Decoder(nn.Module):
             makes one mixer a call.
         mlp_ratio: hidden width of the SwiGLU over D, rounded up to a multiple of 8.
         tie_embeddings: the head shares the embedding's weight.
+        activation_checkpointing: in training, compute each block again in the backward pass instead of keeping what it
+            computed.
 
     Raises:
         SpecError: an unknown mixer or option; a size below 1; a pattern longer than the depth.
@@ -79,12 +84,14 @@ class Decoder(nn.Module):
         mixer: str | Mapping[str, Any] | Sequence[Any] | Callable[[int], Mixer] = "ham",
         mlp_ratio: float = 8 / 3,
         tie_embeddings: bool = True,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         check_positive(vocab_size=vocab_size, dim=dim, depth=depth)
         mlp_hidden = -(-round(dim * mlp_ratio) // 8) * 8 if 0 < mlp_ratio < math.inf else 0
         if mlp_hidden < 1:
             raise SpecError(f"mlp_ratio must be above 0, got {mlp_ratio}")
+        self.activation_checkpointing = activation_checkpointing
         self.embedding = nn.Embedding(vocab_size, dim)
         self.blocks = nn.ModuleList(Block(dim, m, mlp_hidden) for m in _mixers(mixer, dim, depth))
         self.norm = nn.RMSNorm(dim, eps=1e-5)
@@ -117,7 +124,8 @@ class Decoder(nn.Module):
         x = self.embedding(tokens)
         outputs = []
         for i, block in enumerate(self.blocks):
-            x, out = block(x, None if state is None else state[i], layout)
+            run = _checkpointed(block) if self.activation_checkpointing and torch.is_grad_enabled() else block
+            x, out = run(x, None if state is None else state[i], layout)
             outputs.append(out)
         losses = [out.aux_loss for out in outputs if out.aux_loss is not None]
         hidden, routing = self.norm(x), [out.routing for out in outputs]
@@ -133,6 +141,26 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, vocab_size)."""
         return self.head(hidden)
+
+
+def _checkpointed(block: Block) -> Callable[..., tuple[Tensor, MixerOutput]]:
+    """The block, computed again in the backward pass with the KV usages that its sequences had in the forward pass."""
+    usages = [(threshold, threshold.usages) for threshold in thresholds_of(block)]
+
+    @contextmanager
+    def as_before() -> Iterator[None]:
+        now = [threshold.usages for threshold, _ in usages]
+        for threshold, then in usages:
+            threshold.usages = then
+        try:
+            yield
+        finally:  # the block is left by an exception, as soon as all that was asked for is there
+            for (threshold, _), later in zip(usages, now, strict=True):
+                threshold.usages = later
+
+    varied = any(then is not None for _, then in usages)  # torch.compile knows no contexts of one's own
+    contexts = {"context_fn": lambda: (nullcontext(), as_before())} if varied else {}
+    return partial(checkpoint, block, use_reentrant=False, **contexts)
 
 
 def _mixers(mixer: Any, dim: int, depth: int) -> list[Mixer]:

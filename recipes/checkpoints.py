@@ -25,7 +25,7 @@ from recipes.trust import check_options, trusted
 RECIPE = "recipe"  # the key of a checkpoint that holds the run's whole configuration
 PROCESSES = "processes"  # that of how many wrote it together
 LINKED = ("vocab_size", "num_classes")  # of the data; compared when the data is there
-FREE = ("kv_usage", *LINKED)
+FREE = ("kv_usage", "compile", "activation_checkpointing", *LINKED)
 OF_TRAINING = (
     "max_steps",
     "max_epochs",

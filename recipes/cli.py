@@ -110,6 +110,9 @@ class RecipeCLI(LightningCLI):
         steps = config.trainer.max_steps
         if command == "fit" and (0 < steps < self.saved.step or steps == self.saved.step and self.saved.finished):
             raise SpecError(f"{path} is at step {self.saved.step} of {config.trainer.max_steps}; give more --steps")
+        if path.is_dir() and config.trainer.strategy == "auto":
+            whole = "--trainer.strategy.save_distributed_checkpoint false"
+            raise SpecError(f"{path} is in parts: give the --trainer.strategy that wrote it; {whole} writes whole ones")
         verb = "resumes" if command == "fit" else command + "s"
         say(f"{verb} {path}{_target(path)}, of step {self.saved.step}")
         if command == "fit":
