@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_modules.callbacks import CalibrateThresholds
 from lit_modules.finite import not_finite
 from mixers import SpecError, set_kv_usage
-from recipes.checkpoints import PROCESSES, RECIPE
+from recipes.checkpoint.saved import PROCESSES, RECIPE
 
 
 class SaveConfig(SaveConfigCallback):

@@ -23,8 +23,9 @@ from lit_modules.callbacks import NextSteps
 from lit_modules.data import DATA
 from mixers import SpecError
 from mixers.registry import ROUTERS
-from recipes import checkpoints, flags, plugins
+from recipes import flags, plugins
 from recipes.callbacks import AskedUsage, SaveConfig
+from recipes.checkpoint import saved as checkpoints
 from recipes.composition import PARTS, all_settings, class_path, setting
 from recipes.interrupt import stopping_between_steps
 from recipes.limits import check_limits

@@ -7,7 +7,7 @@ import torch
 
 from lit_modules.language_model import LanguageModel
 from mixers import SpecError
-from recipes import checkpoints
+from recipes.checkpoint import saved as checkpoints
 
 
 def poison(monkeypatch, step, part):

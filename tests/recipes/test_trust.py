@@ -46,7 +46,7 @@ def callbacks(*callbacks):
 ATTACKS = {
     "model": (ALL, hparam(_class_path="evil.Model"), "evil.Model"),
     "model_called": (ONE, hparam(_class_path="subprocess.Popen"), "subprocess.Popen"),
-    "not_a_model": (ONE, hparam(_class_path="recipes.generate.generate"), "LightningModule is expected"),
+    "not_a_model": (ONE, hparam(_class_path="recipes.checkpoint.generate.generate"), "LightningModule is expected"),
     "instantiator": (ALL, hparam(_instantiator="evil.build"), "evil.build"),
     "mixer": (ALL, hparam(mixer={"name": "evil.Mixer"}), "evil.Mixer"),
     "pattern": (ONE, hparam(mixer="gdn*3,evil.Mixer"), "evil.Mixer"),

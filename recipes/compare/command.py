@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from mixers.registry import SpecError, check_positive, check_range, parse_pattern, unknown
-from recipes.compare_pool import train_all
+from recipes.compare.pool import train_all
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 GRID = ("mixer", "router", "kv_usage", "scope", "combine", "budget")
 QUICK = {"steps": 150, "seeds": 2, "data": {"num_pairs": 24, "num_test": 256}}
 
@@ -69,13 +69,13 @@ def compare(
             against KV usage), curve.png (see test_usages) and curves.png (the training losses).
     """
     from mixers.threshold import check_usage
-    from recipes.compare_report import redraw_plots, report
+    from recipes.compare.report import redraw_plots, report
 
     if redraw:
         return redraw_plots(Path(redraw))
     check_positive(steps=steps, seeds=seeds)
     check_range(0, jobs=jobs)
-    from recipes.compare_run import settings_of
+    from recipes.compare.run import settings_of
 
     given = (QUICK["data"] if quick and data == "mqar" else {}) | (data_options or {})
     settings = settings_of(data, data_options=given, model_options=model_options or {}, metric=metric)
@@ -141,7 +141,7 @@ def check(cells: list[dict[str, Any]], settings: dict[str, Any]) -> None:
     labels = [cell["label"] for cell in cells]
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise SpecError(f"contestants share a label: {', '.join(sorted(twice))}")
-    from recipes.compare_run import build
+    from recipes.compare.run import build
 
     for cell in cells:
         build(cell | settings | {"seed": 0})

@@ -20,9 +20,9 @@ from mixers.routers.base import RouterInputs
 from mixers.routers.residual import Residual
 from mixers.state import MixerState, kv_cache_bytes, state_bytes
 from mixers.threshold import share_threshold
-from recipes import cost_model
-from recipes.bench_measure import Runner
-from recipes.cost_model import Cost
+from recipes.bench import cost_model
+from recipes.bench.cost_model import Cost
+from recipes.bench.measure import Runner
 
 PHASES = ("forward", "train", "prefill", "decode")
 GROUPS = {

@@ -5,7 +5,7 @@ from statistics import mean
 from typing import Any
 
 from lit_modules.budgets import build_budget
-from recipes.compare_plot import (
+from recipes.compare.plot import (
     LEVEL,
     Line,
     band,

@@ -6,10 +6,10 @@ import math
 import pytest
 
 from mixers.registry import SpecError
-from recipes import compare as module
-from recipes.compare import compare, describe, expand
-from recipes.compare_report import at_best_rate, paired, table
-from recipes.compare_run import settings_of, train
+from recipes.compare import command as module
+from recipes.compare.command import compare, describe, expand
+from recipes.compare.report import at_best_rate, paired, table
+from recipes.compare.run import settings_of, train
 
 TINY = {"num_pairs": 4, "num_keys": 8, "num_values": 8, "num_test": 32, "curriculum": None}
 MODEL = {"dim": 16, "mlp_ratio": 1.0}

@@ -37,7 +37,7 @@ def write(ckpt_path: str, folder: Path, kv_usage: float | None = None, root: str
     Raises:
         SpecError: no such checkpoint, or not that of a language model; no transformers.
     """
-    from recipes.checkpoints import find, read
+    from recipes.checkpoint.saved import find, read
 
     path = find(ckpt_path, root=Path(root), name="*")
     saved = read(path)

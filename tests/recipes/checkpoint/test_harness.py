@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from lit_modules.generation import generate
 from lit_modules.language_model import LanguageModel
 from mixers import SpecError, set_kv_usage
-from recipes.harness import LightningMixersLM
+from recipes.checkpoint.harness import LightningMixersLM
 
 TASK = """
 task: brackets

@@ -1,7 +1,8 @@
 """Models of ours in EleutherAI's lm-evaluation-harness, under the name `lightning_mixers`.
 
 The harness finds models in a table of its own and loads no plug-ins, so one of two things makes the name known: this
-command, which is the harness's own command line, or `import recipes.harness` in a program that calls `lm_eval`.
+command, which is the harness's own command line, or `import recipes.checkpoint.harness` in a program that calls
+`lm_eval`.
 """
 
 import json
@@ -22,8 +23,8 @@ except ImportError as error:
     raise SpecError(f"lm_eval needs the harness: pip install 'lightning-mixers[eval]' ({error})") from error
 
 from lit_modules.base import SequenceModule
-from recipes.checkpoints import find, read
-from recipes.export import write
+from recipes.checkpoint.export import write
+from recipes.checkpoint.saved import find, read
 from recipes.trust import check_options
 
 NEWLINE = 10

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from recipes.compare_pool import train_all
+from recipes.compare.pool import train_all
 
 FAKE = """
 import time
-from recipes.compare_pool import count_step
+from recipes.compare.pool import count_step
 
 def train(run):
     if run["seed"] == 1:
@@ -33,7 +33,7 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     import fake_training
 
-    monkeypatch.setitem(sys.modules, "recipes.compare_run", fake_training)
+    monkeypatch.setitem(sys.modules, "recipes.compare.run", fake_training)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     yield tmp_path
     del sys.modules["fake_training"]
@@ -51,11 +51,11 @@ def test_a_run_that_fails_is_one_line_and_the_bar_counts_steps(fake, capfd):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_workers_end_when_their_parent_is_ended(fake, number):
     code = (
-        "import sys, fake_training; sys.modules['recipes.compare_run'] = fake_training\n"
-        "from recipes.compare_pool import train_all\n"
+        "import sys, fake_training; sys.modules['recipes.compare.run'] = fake_training\n"
+        "from recipes.compare.pool import train_all\n"
         "if __name__ == '__main__': list(train_all([{'label': 'gdn', 'seed': 2, 'steps': 1}], 1))"
     )
-    paths = os.pathsep.join([str(fake), str(Path(__file__).parents[2])])
+    paths = os.pathsep.join([str(fake), str(Path(__file__).parents[3])])
     pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": paths})
     with subprocess.Popen([sys.executable, "-c", code], **pipe) as parent:
         assert parent.stdout.readline() == b"begun\n"

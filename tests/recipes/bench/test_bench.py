@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from recipes import bench as module
-from recipes.bench_contestants import Case, contestants, stored_tokens
-from recipes.bench_measure import peak_bytes, prepare
-from recipes.bench_report import add_roofline, summarise
+from recipes.bench import command as module
+from recipes.bench.contestants import Case, contestants, stored_tokens
+from recipes.bench.measure import peak_bytes, prepare
+from recipes.bench.report import add_roofline, summarise
 
 SMALL = "--batch 2 --heads 2 --head_dim 8 --rounds 3 --minutes 0.5"
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from mixers.registry import SpecError, unknown
-from recipes.bench_contestants import GROUPS, PHASES, Case, contestants
-from recipes.bench_measure import Failed, Runner, machine_peaks, measure, prepare
+from recipes.bench.contestants import GROUPS, PHASES, Case, contestants
+from recipes.bench.measure import Failed, Runner, machine_peaks, measure, prepare
 
 LEAST_ROUNDS = 3
 
@@ -61,7 +61,7 @@ def bench(
         redraw: a folder with the results.json of a benchmark: writes its table and plots anew, and measures nothing.
         out: folder for results.json, table.md and the plots.
     """
-    from recipes.bench_report import redraw_all, report
+    from recipes.bench.report import redraw_all, report
 
     if redraw:
         return redraw_all(Path(redraw))

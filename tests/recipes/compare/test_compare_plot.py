@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from recipes.compare_plot import MOST, Line, apart, choose, draw, draw_losses, kind, usage_lines
+from recipes.compare.plot import MOST, Line, apart, choose, draw, draw_losses, kind, usage_lines
 
 
 def rows(label, values, mixer="gdn", **options):

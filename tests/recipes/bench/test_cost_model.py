@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from recipes import cost_model
-from recipes.cost_model import MACHINES, Cost, Machine
+from recipes.bench import cost_model
+from recipes.bench.cost_model import MACHINES, Cost, Machine
 
 
 @given(st.integers(1, 40), st.integers(0, 50), st.sampled_from([0.0, 0.25, 1.0]))

@@ -37,7 +37,7 @@ def generate(
         root: folder of runs, for "last".
     """
     from lit_modules.generation import Continuation
-    from recipes.checkpoints import find
+    from recipes.checkpoint.saved import find
 
     if bool(prompt) == bool(prompt_file):
         raise SpecError("give either --prompt or --prompt_file")
@@ -82,7 +82,7 @@ def load(ckpt_path: str, *, root: str = "runs", kv_usage: float | None = None):
     """
     from lit_modules.language_model import BYTES, LanguageModel
     from mixers.threshold import set_kv_usage
-    from recipes.checkpoints import find, read
+    from recipes.checkpoint.saved import find, read
 
     path = find(ckpt_path, root=Path(root), name="*")
     saved = read(path)

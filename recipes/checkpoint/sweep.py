@@ -32,8 +32,8 @@ def sweep(
     from tqdm import tqdm
 
     from mixers.threshold import check_usage
-    from recipes.checkpoints import find, read
-    from recipes.compare_curve import curve_table, draw_curves
+    from recipes.checkpoint.saved import find, read
+    from recipes.compare.curve import curve_table, draw_curves
     from recipes.results import stamp, write_json
 
     if long < 0:

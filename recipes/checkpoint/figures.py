@@ -9,7 +9,7 @@ import torch
 from kernels.dispatch import CHOSEN
 from mixers.registry import SpecError, check_positive
 from mixers.threshold import check_usage, set_kv_usage, thresholds_of
-from recipes import figure_recall
+from recipes.checkpoint import figure_recall
 from recipes.results import stamp, write_json
 
 COLUMNS = 88
@@ -35,7 +35,7 @@ def figures(
     """
     from lit_modules.data.mqar import MQARData
     from lit_modules.language_model import BYTES, LanguageModel
-    from recipes.checkpoints import find, read
+    from recipes.checkpoint.saved import find, read
 
     check_positive(tokens=tokens)
     usages = [check_usage(usage) for usage in kv_usages or [0.5, 0.25, 0.1]]

@@ -15,7 +15,7 @@ from lit_modules.callbacks import CalibrateThresholds
 from mixers.registry import SpecError, unknown
 from mixers.state import kv_cache_bytes, kv_stored_bytes, state_bytes
 from mixers.threshold import set_kv_usage, thresholds_of
-from recipes.compare_pool import count_step
+from recipes.compare.pool import count_step
 from recipes.flags import DATA_MODULES, Flags, is_path
 from recipes.results import commit
 

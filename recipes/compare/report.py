@@ -8,8 +8,8 @@ from statistics import mean
 from typing import Any
 
 from mixers.registry import SpecError
-from recipes.compare_curve import curve_table, draw_curves
-from recipes.compare_plot import CONTROLS, draw, draw_losses, higher_is_better, router_of
+from recipes.compare.curve import curve_table, draw_curves
+from recipes.compare.plot import CONTROLS, draw, draw_losses, higher_is_better, router_of
 from recipes.results import markdown_table, stamp, write_json
 
 Row = dict[str, Any]

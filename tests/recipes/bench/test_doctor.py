@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kernels.ahead_of_time import SHARED_MEMORY
-from recipes import doctor as module
+from recipes.bench import doctor as module
 
 
 def test_all_is_well_here(run, tmp_path):

@@ -7,7 +7,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from mixers.registry import SpecError
-from recipes.cost_model import Cost, Machine
+from recipes.bench.cost_model import Cost, Machine
 from recipes.results import markdown_table, stamp, write_json
 
 Row = dict[str, Any]
@@ -74,8 +74,8 @@ def summarise(rows: list[Row]) -> None:
 
 
 def add_roofline(rows: list[Row], peaks: dict[str, dict[str, float]]) -> None:
-    """Adds achieved flops_per_second and bytes_per_second, of the work that `recipes.cost_model` says must be done, and
-    `roofline`, the share of the measured time that this machine would need at its own peaks."""
+    """Adds achieved flops_per_second and bytes_per_second, of the work that `recipes.bench.cost_model` says must be
+    done, and `roofline`, the share of the measured time that this machine would need at its own peaks."""
     for row in rows:
         if "median" in row and "flops" in row:
             row["flops_per_second"] = row["flops"] / row["median"]

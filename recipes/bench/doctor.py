@@ -63,7 +63,7 @@ def doctor(
     bad = [row for row in rows if not row["ok"]]
     report: dict[str, Any] = stamp() | {"checks": rows}
     if compile:
-        from recipes.ahead_of_time import compile_all
+        from recipes.bench.ahead_of_time import compile_all
 
         report["compiled"] = compile_all(compile, Path(out) if out else None)
     if out:

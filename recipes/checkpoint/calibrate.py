@@ -33,8 +33,8 @@ def calibrate(
     from lit_modules.callbacks import TRIED
     from lit_modules.data.text import TextData
     from mixers.threshold import thresholds_of
-    from recipes.checkpoints import find, read
-    from recipes.generate import load
+    from recipes.checkpoint.generate import load
+    from recipes.checkpoint.saved import find, read
     from recipes.results import written_whole
 
     if batches < 1:

@@ -19,7 +19,7 @@ def train_all(runs: list[Run], jobs: int) -> Iterator[Run]:
     on. Whoever stops asking for rows ends the workers."""
     from tqdm import tqdm
 
-    from recipes.compare_run import train
+    from recipes.compare.run import train
 
     if not runs:
         return

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from mixers import SpecError
-from recipes.compare_run import build, settings_of
+from recipes.compare.run import build, settings_of
 from recipes.flags import DATA_MODULES, data_recipes
 
 CLASSES = """

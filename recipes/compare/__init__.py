@@ -1,0 +1,1 @@
+"""Several mixers on one task, several seeds: runs, table and plots."""
