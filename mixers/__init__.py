@@ -26,7 +26,7 @@ _LAZY = {
     "check_mixer": "mixers.checks",
     "check_router": "mixers.checks",
     "set_kv_usage": "mixers.threshold",
-    "share_threshold": "mixers.threshold",
+    "share_threshold": "mixers.sharing",
     "Decoder": "mixers.backbone",
 }
 

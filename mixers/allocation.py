@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from mixers.base import Mixer
 from mixers.calibration import calibrate
 from mixers.registry import SpecError
+from mixers.sharing import routing_mixers
 from mixers.threshold import Threshold, check_usage, mean_over_ranks
 
 USAGES = (1 / 16, 1 / 8, 1 / 4)
@@ -104,10 +105,7 @@ def allocate(
 
 def sharing(model: nn.Module) -> list[Mixer]:
     """The mixers of a model whose heads share a budget that follows the KV usage."""
-    routing = [
-        m for m in model.modules() if isinstance(m, Mixer) and isinstance(getattr(m, "threshold", None), Threshold)
-    ]
-    return [m for m in routing if m.threshold.follows_usage and m.threshold.scope != "head"]
+    return [m for m in routing_mixers(model) if m.threshold.follows_usage and m.threshold.scope != "head"]
 
 
 def _line_search(bias: Tensor, unit: float, best: float, trial: Callable[[], float]) -> float:

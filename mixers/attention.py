@@ -84,6 +84,9 @@ class Attention(Mixer):
         parts = self.qkv.weight.split([heads * self.head_dim for heads in self.heads])
         return dict(zip("qkv", parts, strict=True)) | {"o": self.out.weight}
 
+    def window_size(self) -> int:
+        return self.window
+
     def mix(self, x: Tensor, state: AttentionState | None, layout: Layout) -> MixerOutput:
         qkv, conv = self.qkv(x), None
         if self.conv is not None:

@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from kernels.sequences import Layout
 from mixers.base import Mixer, MixerOutput, Routing, without_padding
 from mixers.registry import MIXERS, SpecError, check_positive, parse_pattern
+from mixers.sharing import share_threshold
 from mixers.state import MixerState
-from mixers.threshold import share_threshold, thresholds_of
+from mixers.threshold import thresholds_of
 
 
 @dataclass

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from kernels.sequences import Layout
+from mixers.routers.base import Router
 from mixers.state import MixerState
+from mixers.threshold import Threshold
 
 
 @dataclass
@@ -68,7 +70,13 @@ class Mixer(nn.Module):
     dim: int | None = None
     """Width D; where it is set, inputs of another width are refused."""
     layer_index = 0
-    """Place of the mixer in its model, set by `mixers.threshold.share_threshold`."""
+    """Place of the mixer in its model, set by `mixers.share_threshold`."""
+    routes = False
+    """True of a mixer that stores tokens by their score: it has the three below, shows its threshold the scores of
+    every training step, and stores what lies above. Thresholds are shared, calibrated and allocated by these."""
+    router: Router
+    threshold: Threshold
+    head_bias: Tensor  # (H,) float32 buffer, added to the scores; `mixers.allocate` sets it
     _kind: dict | None = None  # of its states, once one was given
     _takes_layout = True
 
@@ -98,6 +106,11 @@ class Mixer(nn.Module):
         """The weights (out, in) of the projections of x to queries `q`, keys `k` and values `v`, and of what is read to
         the output `o`, where the mixer has such; views, so that they can be written."""
         return {}
+
+    def window_size(self) -> int:
+        """How many of the last tokens are attended to where no others are, or beside those that are stored; 0: none are
+        told apart by their distance."""
+        return 0
 
     def forward(
         self,

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from mixers.registry import SpecError
-from mixers.threshold import Threshold, thresholds_of
+from mixers.sharing import routing_mixers
+from mixers.threshold import thresholds_of
 
 
 @torch.no_grad()
@@ -30,7 +31,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any
     Raises:
         SpecError: nothing in the model routes, or there is no batch; the tables are then as they were.
     """
-    thresholds = list(thresholds_of(model))
+    mixers, thresholds = routing_mixers(model), list(thresholds_of(model))
     if not thresholds:
         raise SpecError("the model has no KV threshold to calibrate: none of its mixers routes tokens")
     modes = {module: module.training for module in model.modules()}
@@ -40,9 +41,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any
     before = [(t.table.clone(), t.steps.clone()) for t in thresholds]
     count = 0
     try:
-        for module in model.modules():  # those alone note scores in training mode; dropout and the like stay off
-            if isinstance(getattr(module, "threshold", None), Threshold):
-                module.training = True
+        for mixer in mixers:  # these alone note scores in training mode; dropout and the like stay off
+            mixer.training = True
         for threshold in thresholds:
             threshold.averaging = True
         for batch in batches:

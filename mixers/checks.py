@@ -22,7 +22,6 @@ from mixers.calibration import calibrate
 from mixers.registry import SpecError, build_mixer, parse_spec
 from mixers.routers.base import Router
 from mixers.state import MixerState
-from mixers.threshold import thresholds_of
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Of hidden, and of what states make of later tokens: differences below it times (1 + the largest value) do not count.
@@ -111,11 +110,10 @@ def _check(name: str, build: Callable[[], Mixer], dim: int, dtype: torch.dtype, 
     holes = (torch.rand(2, 24, generator=draw) < 0.6).to(device)
     with torch.random.fork_rng():
         mixer, other = made(0), made(1)
-        routes = next(thresholds_of(mixer), None) is not None
-        if routes:
+        if mixer.routes:
             _try(name, "its thresholds can be calibrated", calibrate, mixer, [data])
         _try(name, "hidden and routing are of the shapes and dtypes they should be", shapes, mixer, x)
-        if routes:
+        if mixer.routes:
             _try(name, "the KV usage asked for is stored", usage, mixer, data)
         for place in (1, 12, 23):
             _try(name, "no later token matters", causality, mixer, x, place, tolerance)
@@ -161,11 +159,9 @@ def shapes(mixer: Mixer, x: Tensor) -> None:
 
 def usage(mixer: Mixer, x: Tensor) -> None:
     """Of tokens that its threshold was calibrated on, a mixer stores the share that was asked for."""
-    threshold, router = next(thresholds_of(mixer)), getattr(mixer, "router", None)
-    if threshold.follows_usage and getattr(router, "tells_tokens_apart", True):
-        stored = float(mixer(x).routing.stored.float().mean())
-        off = abs(stored - threshold.kv_usage)
-        _is(off <= 0.05, f"{stored:.3f} of the tokens are stored, not {threshold.kv_usage:g}")
+    if mixer.threshold.follows_usage and mixer.router.tells_tokens_apart:
+        stored, asked = float(mixer(x).routing.stored.float().mean()), mixer.threshold.kv_usage
+        _is(abs(stored - asked) <= 0.05, f"{stored:.3f} of the tokens are stored, not {asked:g}")
 
 
 def causality(mixer: Mixer, x: Tensor, place: int, tolerance: float) -> None:

@@ -60,6 +60,8 @@ class HAM(GatedDeltaNet):
         options: of `gated_delta_net`; `rule` picks the recurrence.
     """
 
+    routes = True
+
     def __init__(
         self,
         dim: int,
@@ -115,6 +117,9 @@ class HAM(GatedDeltaNet):
         cache = self._cache(batch_size, memory.conv.dtype, memory.conv.device)
         return HAMState(**vars(memory), kv=cache, router=router)
 
+    def window_size(self) -> int:
+        return self.router.window(self.kv_usage)
+
     def _cache(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> KVCache | BoundedCache:
         sizes = batch_size, self.num_heads, self.memory.head_dim, self.memory.value_dim
         if self.max_tokens:
@@ -144,7 +149,7 @@ class HAM(GatedDeltaNet):
                 v = v * _straight_through(scores, of_token).to(v.dtype)[..., None]
 
         # 6: a (B, T, H, V)
-        window = self.router.window(self.kv_usage)
+        window = self.window_size()
         a, cache = self._attend(q, m.k, v, stored, scores, window, state, layout)
 
         # 7: (B, T, D)

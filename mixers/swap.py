@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixers.base import Mixer
 from mixers.caches.bounded import BoundedCache
 from mixers.hosts import Host, carry, describe, reads, wrapper_of
 from mixers.hosts.wrappers import InDecoder, Wrapper
 from mixers.registry import MIXERS, SpecError, parse_spec
-from mixers.threshold import share_threshold
+from mixers.sharing import share_threshold
 
 
 @dataclass
@@ -129,7 +130,7 @@ def swap_mixers(
     return SwapReport(swap for *_, swap in made)
 
 
-def _cache(host: Host, mixer: nn.Module) -> str:
+def _cache(host: Host, mixer: Mixer) -> str:
     """What a mixer keeps of a sequence, against what the host keeps in as many bytes for a number."""
     try:
         state = mixer.init_state(1)
@@ -141,18 +142,17 @@ def _cache(host: Host, mixer: nn.Module) -> str:
     if not state.caches:
         return f"KV cache: none (the host's: {theirs:,} bytes a token); {memory}"
     (cache,) = state.caches
-    router, threshold = getattr(mixer, "router", None), getattr(mixer, "threshold", None)
     usage, bound = 1.0, ""
-    if window := getattr(mixer, "window", 0) or (router is not None and router.window(mixer.kv_usage)):
+    if window := mixer.window_size():
         bound = f", of the last {window} tokens alone"
-    elif threshold is not None and not threshold.follows_usage:
+    elif mixer.routes and mixer.threshold.follows_usage:
+        usage = mixer.threshold.kv_usage
+    elif mixer.routes:
         bound = ", of as many tokens as pass the fixed threshold"
-    elif threshold is not None:
-        usage = threshold.kv_usage
     if isinstance(cache, BoundedCache):
         bound += f", of at most {cache.limit} tokens a head"
     ours = usage * cache.heads * cache.bytes_per_token
-    what = f"KV cache at usage {usage:g}" if threshold is not None and not bound else "KV cache"
+    what = f"KV cache at usage {usage:g}" if mixer.routes and not bound else "KV cache"
     return f"{what}: {ours:,.0f} bytes a token, {ours / theirs:.2f}x the host's {theirs:,}{bound}; {memory}"
 
 

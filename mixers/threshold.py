@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from kernels.sequences import Layout
-from mixers.base import Mixer
 from mixers.quantiles import LEVELS, quantiles, read
 from mixers.registry import SpecError, check_range, unknown
 
@@ -29,7 +28,7 @@ class Threshold(nn.Module):
     Args:
         num_heads: heads H of the layer.
         kv_usage: stored tokens / tokens to aim at over the scope, in [0, 1].
-        scope: `model` (shared by the layers of a model, see `share_threshold`), `layer` or `head`.
+        scope: `model` (shared by the layers of a model, see `mixers.share_threshold`), `layer` or `head`.
         momentum: of the exponential mean. Learned scores change by orders of magnitude while they are trained; what is
             left of old ones in the mean then puts tau far off (0.9 missed usage by up to 0.1 where 0.5 is within 0.01).
     """
@@ -58,7 +57,7 @@ class Threshold(nn.Module):
         self._closed, self._warned = 0, False  # steps, by this process; of their scores
         self.router = ""
         """What gives the scores, as warnings name it; empty where all scores may well be the same."""
-        self._shared = False  # by several layers
+        self.shared = False  # by several layers
         self.usages: Tensor | None = None  # of the sequences of a training step, see `usage_per_sequence`
 
     def _apply(self, fn, recurse=True):
@@ -81,7 +80,7 @@ class Threshold(nn.Module):
                 super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        if not self._shared or any(name.startswith(prefix) for name in state_dict):
+        if not self.shared or any(name.startswith(prefix) for name in state_dict):
             self._pending, self._counted = {}, None  # of what was there before
             super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -375,23 +374,3 @@ def usage_per_sequence(model: nn.Module, usages: Tensor) -> Iterator[None]:
     finally:
         for threshold in found:
             threshold.usages = None
-
-
-def share_threshold(model: nn.Module) -> None:
-    """Number the mixers of a model, and give those that route alike, with scope `model`, one threshold.
-
-    `Decoder` calls this; call it on a model of your own that holds several HAM layers.
-    """
-    shared: dict[tuple, Threshold] = {}
-    for index, mixer in enumerate(m for m in model.modules() if isinstance(m, Mixer)):
-        mixer.layer_index = index
-        threshold = getattr(mixer, "threshold", None)
-        if isinstance(threshold, Threshold) and threshold.scope == "model":
-            mixer.threshold = shared.setdefault((_kind(threshold), _kind(mixer.router)), threshold)
-            mixer.threshold._shared |= mixer.threshold is not threshold
-
-
-def _kind(part: nn.Module) -> tuple:
-    """Class and options; sizes aside, as layers of any number of heads may share a budget."""
-    plain = {name: x for name, x in vars(part).items() if isinstance(x, int | float | str) and name[0] != "_"}
-    return type(part), *((name, plain[name]) for name in sorted(plain.keys() - {"dim", "num_heads"}))

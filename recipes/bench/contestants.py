@@ -18,8 +18,8 @@ from mixers.ham import HAM
 from mixers.registry import build_mixer, parse_pattern
 from mixers.routers.base import RouterInputs
 from mixers.routers.residual import Residual
+from mixers.sharing import share_threshold
 from mixers.state import MixerState, kv_cache_bytes, state_bytes
-from mixers.threshold import share_threshold
 from recipes.bench import cost_model
 from recipes.bench.cost_model import Cost
 from recipes.bench.measure import Runner
