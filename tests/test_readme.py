@@ -1,14 +1,18 @@
-"""The README's own code runs."""
+"""The code of README and docs runs, and what they name exists."""
 
 import re
 from pathlib import Path
 
 import torch
 
-from mixers import build_mixer
+from mixers import build_mixer, check_router
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-PYTHON = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = PAGES[0].read_text()
+PYTHON = [
+    code for page in PAGES for code in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+]
 
 
 def test_the_mixer_example_runs_and_a_split_changes_nothing():
@@ -41,7 +45,29 @@ def test_the_swap_example_runs(tmp_path, monkeypatch):
     assert mixers[0].threshold is mixers[1].threshold and mixers[0].threshold.steps > 0
 
 
+def test_the_router_with_a_memory_passes_the_checks(tmp_path, monkeypatch):
+    code = next(block for block in PYTHON if "class Unusual" in block)
+    (tmp_path / "unusual.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    check_router("unusual.Unusual")
+
+
+def test_the_checks_run():
+    exec(next(block for block in PYTHON if "check_mixer(" in block), {})
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) < 200
+
+
 def test_every_picture_and_file_that_is_named_exists():
-    root = Path(__file__).parents[1]
-    for path in re.findall(r"\]\(([\w./-]+)\)", README):
-        assert (root / path).exists(), path
+    for page in PAGES:
+        for path in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", page.read_text()):
+            assert (page.parent / path).exists(), (page.name, path)
+
+
+def test_the_file_tree_names_what_there_is():
+    tree = README.partition("## Files")[2].partition("```\n")[2].partition("```")[0]
+    assert tree
+    for name in re.findall(r"[\w*]+\.(?:py|yaml)", tree):
+        assert list(ROOT.rglob(name)), name

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from kernels.sequences import Layout
 from mixers import Decoder, SpecError, build_mixer
 from mixers.attention import Attention
 from mixers.gated_delta_net import GatedDeltaNet
@@ -144,3 +145,19 @@ def test_every_weight_has_a_part_in_the_loss():
     out = model(torch.randint(17, (2, 12)))
     (model.logits(out.hidden).sum() + out.aux_loss).backward()
     assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "layouts"),
+    [({}, 1), ({"cu_seqlens": torch.tensor([0, 5, 12])}, 1), ({"padding_mask": torch.arange(12)[None] < 9}, 2)],
+    ids=["row", "packed", "padded"],
+)
+def test_a_layout_is_made_once_for_all_layers(monkeypatch, options, layouts):
+    """Which is what asks the device for the bounds of packed sequences: of those given, and of what padding leaves."""
+    made, make = [], Layout.__init__
+    monkeypatch.setattr(Layout, "__init__", lambda self, *args: made.append(self) or make(self, *args))
+    decoder = Decoder(9, dim=16, depth=3, mixer=["ham", "attention", "gdn"])
+    decoder(torch.zeros(1, 12, dtype=torch.long), state=None, **options)
+    made.clear()  # with those of the first call's examination of the router
+    decoder(torch.zeros(1, 12, dtype=torch.long), state=None, **options)
+    assert len(made) == layouts
