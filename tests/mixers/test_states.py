@@ -5,9 +5,10 @@ import torch
 from torch.testing import assert_close
 
 from kernels.paged_attention import PAGE
-from mixers import Decoder, build_mixer, kv_cache_bytes, set_kv_usage
+from mixers import Decoder, build_mixer, calibrate, kv_cache_bytes, set_kv_usage
 from mixers.gated_delta_net import RecurrentState
 from mixers.ham import HAM
+from mixers.state import full_kv_bytes
 from tests.mixers.cases import CASES, DIM, SMALL, every_case, every_ham, made, make, mask_of, tensors_of, tokens
 
 
@@ -110,6 +111,20 @@ def test_the_cache_holds_what_was_stored_and_no_more(case):
     recent = 0 if out.state.kv.recent is None else out.state.kv.recent.seen.numel()
     assert kv_cache_bytes(out.state) == (pages * PAGE + recent) * entry
     assert kv_cache_bytes([out.state, out.state, None]) == 2 * kv_cache_bytes(out.state)
+
+
+def test_a_long_prompt_takes_the_share_of_bytes_that_is_stored():
+    """Read at once, then token by token: at usage 1/8 an eighth of attention's bytes, and a page a head in reserve."""
+    torch.manual_seed(0)
+    mixer, T = build_mixer("ham", dim=16, num_heads=2, head_dim=8, kv_usage=0.125).eval(), 4096
+    x = torch.randn(1, T, 16)
+    calibrate(mixer, [x])
+    with torch.no_grad():
+        out = mixer(x, mixer.init_state(1))
+        assert kv_cache_bytes(out.state) <= (0.125 + 2 * PAGE / T) * full_kv_bytes(out.state)
+        for t in range(3):
+            out = mixer(x[:, t : t + 1], out.state)
+        assert kv_cache_bytes(out.state) <= (0.125 + 3 * PAGE / T) * full_kv_bytes(out.state)
 
 
 @pytest.mark.parametrize(
