@@ -1,5 +1,6 @@
 """The code of README and docs runs, and what they name exists."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -71,3 +72,29 @@ def test_the_file_tree_names_what_there_is():
     assert tree
     for name in re.findall(r"[\w*]+\.(?:py|yaml)", tree):
         assert list(ROOT.rglob(name)), name
+
+
+def files_page() -> str:
+    """docs/files.md: every file with the first paragraph of what it says of itself."""
+    lines, last = ["# Files", "", "Imports run one way: `recipes -> lit_modules -> mixers -> kernels`."], None
+    files = [path for layer in ("kernels", "mixers", "lit_modules", "recipes") for path in (ROOT / layer).rglob("*.*")]
+    found = [path for path in files if path.suffix in (".py", ".yaml")]
+    for path in sorted(found, key=lambda path: (str(path.parent), path.name)):
+        text = path.read_text()
+        says = ast.get_docstring(ast.parse(text)) if path.suffix == ".py" else text.splitlines()[0].lstrip("# ")
+        if path.parent != last:
+            last = path.parent
+            lines += ["", f"## {last.relative_to(ROOT)}", "", "| file | |", "|---|---|"]
+        clause = says.split("\n\n")[0].replace("\n", " ")
+        lines.append(f"| `{path.name}` | {clause} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_list_of_files_is_that_of_the_files():
+    """`python -m tests.test_readme` writes it anew."""
+    kept = (ROOT / "docs/files.md").read_text()
+    assert re.findall(r"^## .*|^\| `(.*?)`", kept, re.M) == re.findall(r"^## .*|^\| `(.*?)`", files_page(), re.M)
+
+
+if __name__ == "__main__":
+    (ROOT / "docs/files.md").write_text(files_page())

@@ -1,4 +1,4 @@
-"""Triton kernels of the gated delta rule, backward. The equations and the letters are those of `chunked.py`.
+"""Triton kernels of the gated delta rule, backward. The equations and the letters are those of `torch_chunks.py`.
 
 The launches mirror the forward ones: `prepare_back` (per chunk: what needs no gradient of a state), `scan_back` (per
 sequence, from the end: gradients of the states, W), `gradients_v` (per chunk: of v and beta) and `gradients_k` (per
