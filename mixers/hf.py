@@ -23,11 +23,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from mixers.adapters.hf_cache import layer_of
+from mixers.adapters.masks import beginnings, packed, read_mask
+from mixers.adapters.wrappers import PACKING, refuse, warn_of_lora_without_thresholds
 from mixers.backbone import Decoder
 from mixers.base import Mixer
-from mixers.hosts.cache import layer_of
-from mixers.hosts.masks import beginnings, packed, read_mask
-from mixers.hosts.wrappers import PACKING, refuse, warn_of_bare_adapter
 from mixers.swap import swap_mixers
 
 REMOTE = '''"""Loads this model where the package lightning-mixers is installed."""
@@ -96,7 +96,7 @@ class MixerForCausalLM(PreTrainedModel, GenerationMixin):
         **told: Any,
     ) -> CausalLMOutputWithPast:
         """As other causal models: labels are input_ids with -100 where nothing is asked, shifted in here. Documents
-        packed in a row (`mixers.hosts.masks.beginnings`) are read alone; what else is asked for is a ValueError."""
+        packed in a row (`mixers.adapters.masks.beginnings`) are read alone; what else is asked for is a ValueError."""
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         x = input_ids[..., None]
@@ -126,7 +126,7 @@ class MixerForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        warn_of_bare_adapter(self, state_dict)
+        warn_of_lora_without_thresholds(self, state_dict)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Also writes what lets the folder be loaded with `trust_remote_code=True` without importing this module."""

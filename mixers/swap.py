@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixers.adapters import AttentionInfo, copy_projections, describe, reads, wrapper_of
+from mixers.adapters.wrappers import InDecoder, Wrapper
 from mixers.base import Mixer
 from mixers.caches.bounded import BoundedCache
-from mixers.hosts import Host, carry, describe, reads, wrapper_of
-from mixers.hosts.wrappers import InDecoder, Wrapper
 from mixers.registry import MIXERS, SpecError, parse_spec
 from mixers.sharing import share_threshold
 
@@ -83,7 +83,7 @@ def swap_mixers(
 
     Args:
         model: any module; Hugging Face decoders and Vision Transformers, nn.TransformerEncoder, timm's blocks, or
-            anything whose attention `mixers.hosts.register_host` was told about.
+            anything whose attention `mixers.adapters.register_adapter` was told about.
         mixer: name or spec.
         where: pattern of module names, such as "model.layers.*.self_attn"; what no adapter knows is an error.
         layers: which of the modules that match, counted from 0, negative ones from the end; default all. Every other
@@ -110,17 +110,17 @@ def swap_mixers(
     spec = parse_spec(mixer)
     made = []
     for name, module in chosen:
-        host = describe(module)
-        wrapper = wrapper_of(name, module, host, causal)
+        info = describe(module)
+        wrapper = wrapper_of(name, module, info, causal)
         known = MIXERS.options(spec["name"])
-        sizes = {"num_heads": host.num_heads, "head_dim": host.head_dim, "num_kv_heads": host.num_kv_heads}
-        built = MIXERS.build({k: v for k, v in sizes.items() if k in known} | spec | options, dim=host.dim)
-        weights = carry(host, built) if carry_weights else dict.fromkeys("qkvo", "new: as asked")
+        sizes = {"num_heads": info.num_heads, "head_dim": info.head_dim, "num_kv_heads": info.num_kv_heads}
+        built = MIXERS.build({k: v for k, v in sizes.items() if k in known} | spec | options, dim=info.dim)
+        weights = copy_projections(info, built) if carry_weights else dict.fromkeys("qkvo", "new: as asked")
         like = next(module.parameters())
         built.to(device=like.device, dtype=like.dtype).train(module.training)
         new = wrapper(built, module)
-        cache = _cache(host, built) if reads(new) == InDecoder.reads else ""
-        swap = Swap(name, type(module).__name__, weights, host.biases, reads(new), cache, host.fused)
+        cache = _cache(info, built) if reads(new) == InDecoder.reads else ""
+        swap = Swap(name, type(module).__name__, weights, info.biases, reads(new), cache, info.fused)
         made.append((name, new, swap))
     for name, new, _ in made:
         parent, _, child = name.rpartition(".")
@@ -130,14 +130,14 @@ def swap_mixers(
     return SwapReport(swap for *_, swap in made)
 
 
-def _cache(host: Host, mixer: Mixer) -> str:
+def _cache(info: AttentionInfo, mixer: Mixer) -> str:
     """What a mixer keeps of a sequence, against what the host keeps in as many bytes for a number."""
     try:
         state = mixer.init_state(1)
     except NotImplementedError:
         return ""
     size = next(mixer.parameters()).element_size()
-    theirs = 2 * host.num_kv_heads * host.head_dim * size
+    theirs = 2 * info.num_kv_heads * info.head_dim * size
     memory = f"{state.bytes:,} bytes of memory a sequence"
     if not state.caches:
         return f"KV cache: none (the host's: {theirs:,} bytes a token); {memory}"
@@ -165,7 +165,8 @@ def _choose(model: nn.Module, where: str, layers: list[int] | None) -> list[tupl
         name, module = found[0]
         children = ", ".join(child for child, _ in module.named_children()) or "no children"
         raise SpecError(
-            f"no adapter knows {type(module).__name__} ({name}: {children}); tell mixers.hosts.register_host about it"
+            f"no adapter knows {type(module).__name__} ({name}: {children}); "
+            "tell mixers.adapters.register_adapter about it"
         )
     if not known:
         candidates = dict.fromkeys(re.sub(r"\d+", "*", n) for n, m in named if describe(m) is not None)

@@ -1,6 +1,8 @@
 """Mixers in attention classes that people write themselves: direction, weights, and what their calls may ask."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -69,7 +71,7 @@ def test_weights_that_hold_more_than_heads_are_not_misread(own, part):
     for block in model.blocks:
         layer = getattr(block["attn"], part)
         setattr(block["attn"], part, nn.Linear(16, layer.out_features + 8))
-    with pytest.raises(SpecError, match=r"no adapter knows \w+ \(blocks.0.attn: .*\); tell mixers.hosts.register_host"):
+    with pytest.raises(SpecError, match=r"no adapter knows \w+ \(blocks.0.attn: .*\); tell .*register_adapter"):
         swap_mixers(model, "gdn", where="*.attn", causal=True)
 
 
@@ -136,3 +138,16 @@ def test_a_direction_that_is_known_is_not_asked_for_nor_overruled():
             swap_mixers(model, "gdn", causal=causal)
         report = swap_mixers(model, "gdn")
         assert report[0].reads == reads and f"reads {reads}\n" in str(report)
+
+
+def test_the_former_name_of_the_folder_is_known():
+    code = """
+import mixers.hosts.wrappers
+from mixers.adapters import ADAPTERS, AttentionInfo
+from mixers.hosts import Host, register_host
+from mixers.hosts.masks import beginnings
+
+assert Host is AttentionInfo and mixers.hosts.wrappers.InDecoder.__module__ == "mixers.adapters.wrappers"
+assert register_host(beginnings) is beginnings is ADAPTERS[0]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

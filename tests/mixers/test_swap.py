@@ -10,8 +10,8 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 from mixers import SpecError, aux_loss, calibrate, kv_cache_bytes, set_kv_usage, swap_mixers
-from mixers.hosts import ADAPTERS, Host, register_host
-from mixers.hosts.wrappers import InDecoder, Wrapper
+from mixers.adapters import ADAPTERS, AttentionInfo, register_adapter
+from mixers.adapters.wrappers import InDecoder, Wrapper
 from tests.mixers.hosts import DECODERS, HAM, SIZES, Attention, Stack, decoder, plain, tokens
 
 MIXERS = {"ham": HAM, "gdn": "gdn", "attention": "attention", "window": {"name": "attention", "window": 3}}
@@ -226,12 +226,16 @@ def test_a_class_of_ones_own():
             return self.note(self.mixer(x))
 
     model = nn.ModuleDict({"block": Mine()})
-    with pytest.raises(SpecError, match=r"no adapter knows Mine \(block: all\); tell mixers.hosts.register_host"):
+    with pytest.raises(SpecError, match=r"no adapter knows Mine \(block: all\); tell mixers.adapters.register_adapter"):
         swap_mixers(model, where="block")
 
-    @register_host
+    @register_adapter
     def mine(module):
-        return Host(module.width, 4, Place, weights={"o": module.all.weight}) if isinstance(module, Mine) else None
+        return (
+            AttentionInfo(module.width, 4, Place, weights={"o": module.all.weight})
+            if isinstance(module, Mine)
+            else None
+        )
 
     try:
         report = swap_mixers(model, "gdn", where="block")

@@ -1,7 +1,7 @@
 """Attention modules of other people's models: how one is recognised, and what takes its place.
 
-`describe` asks every adapter in turn. An adapter is a function of a module that answers with a `Host`, or None if it
-does not know the module; `register_host` adds one of your own before ours.
+`describe` asks every adapter in turn. An adapter is a function of a module that answers with an `AttentionInfo`, or
+None if it does not know the module; `register_adapter` adds one of your own before ours.
 """
 
 from collections.abc import Callable
@@ -11,13 +11,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mixers.hosts.wrappers import CACHES, InBlock, InDecoder, InEncoder, InMultiheadAttention, Wrapper, arguments_of
+from mixers.adapters.wrappers import CACHES, InBlock, InDecoder, InEncoder, InMultiheadAttention, Wrapper, arguments_of
+from mixers.base import Mixer
 from mixers.registry import SpecError
 
 
 @dataclass
-class Host:
-    """What an attention module tells of itself.
+class AttentionInfo:
+    """What an attention module tells of itself: sizes, weights, and what is to take its place.
 
     Attributes:
         dim: width D.
@@ -45,39 +46,60 @@ class Host:
         self.head_dim = self.head_dim or self.dim // self.num_heads
 
 
-Adapter = Callable[[nn.Module], Host | None]
+Adapter = Callable[[nn.Module], AttentionInfo | None]
 ADAPTERS: list[Adapter] = []
 
 
-def register_host(adapter: Adapter) -> Adapter:
-    """Decorator: makes an adapter known; the newest is asked first."""
+def register_adapter(adapter: Adapter) -> Adapter:
+    """Decorator that makes an adapter known; the newest is asked first.
+
+        @register_adapter
+        def mine(module):
+            if isinstance(module, MyAttention):
+                return AttentionInfo(dim=module.width, num_heads=module.heads, weights={"q": module.q.weight})
+
+    Args:
+        adapter: module -> `AttentionInfo`, or None for a module that it does not know.
+
+    Returns:
+        The adapter.
+    """
     ADAPTERS.insert(0, adapter)
     return adapter
 
 
-def describe(module: nn.Module) -> Host | None:
+def describe(module: nn.Module) -> AttentionInfo | None:
     """What a module tells of itself, or None if no adapter knows it."""
-    return next((host for adapter in ADAPTERS if (host := adapter(module)) is not None), None)
+    return next((info for adapter in ADAPTERS if (info := adapter(module)) is not None), None)
 
 
 def wrapper_of(
-    name: str, module: nn.Module, host: Host, causal: bool | None
+    name: str, module: nn.Module, info: AttentionInfo, causal: bool | None
 ) -> Callable[[nn.Module, nn.Module], Wrapper]:
     """What takes the place of a module called `name`, by its direction and by what its callers expect of it.
 
     The direction is known of classes of transformers (their `is_causal`) and of timm (encoders); of others, `causal`
     must say it. Where calls have a cache, as in transformers, the answer is (hidden, None), elsewhere a tensor.
 
+    Args:
+        name: of the module in its model, for messages.
+        module: the attention module.
+        info: what its adapter says of it.
+        causal: True if no token sees later ones, False if all see each other, None if the class says it.
+
+    Returns:
+        A class, or a function, (mixer, module) -> the module that takes the place.
+
     Raises:
         SpecError: a direction that is not known, or known to be another one.
     """
     was = f"{type(module).__name__} ({name})"
-    if host.wrapper is not None:
+    if info.wrapper is not None:
         if causal is not None:
             raise SpecError(
-                f"the direction of {was} is decided by its adapter, leave causal out: {reads(host.wrapper)}"
+                f"the direction of {was} is decided by its adapter, leave causal out: {reads(info.wrapper)}"
             )
-        return host.wrapper
+        return info.wrapper
     known = _direction(module)
     if known is None and causal is None:
         raise SpecError(
@@ -95,7 +117,7 @@ def wrapper_of(
 
 
 def reads(wrapper: object) -> str:
-    """Which tokens a token sees behind a wrapper, or a class of such, for people."""
+    """Which tokens a token sees behind a wrapper, or a class of such, in words: "forwards", "both ways", ..."""
     return getattr(wrapper, "reads", Wrapper.reads)
 
 
@@ -132,8 +154,8 @@ def _linear(module: nn.Module, *names: str) -> list[nn.Linear] | None:
     return layers if all(isinstance(layer, nn.Linear) for layer in layers) else None
 
 
-@register_host
-def four_projections(module: nn.Module) -> Host | None:
+@register_adapter
+def four_projections(module: nn.Module) -> AttentionInfo | None:
     """q_proj, k_proj, v_proj and o_proj: Llama, Qwen, Mistral, Gemma, ViT of transformers; or out_proj: OPT, GPT-J."""
     heads = _heads(module)
     layers = _linear(module, "q_proj", "k_proj", "v_proj", "o_proj")
@@ -147,7 +169,7 @@ def four_projections(module: nn.Module) -> Host | None:
     head_dim = q.out_features // heads
     if o.in_features != q.out_features or v.out_features != k.out_features or k.out_features % head_dim:
         return None  # more is in these weights than queries, keys and values, such as a gate
-    return Host(
+    return AttentionInfo(
         q.in_features,
         heads,
         num_kv_heads=k.out_features // head_dim,
@@ -157,8 +179,8 @@ def four_projections(module: nn.Module) -> Host | None:
     )
 
 
-@register_host
-def one_projection(module: nn.Module) -> Host | None:
+@register_adapter
+def one_projection(module: nn.Module) -> AttentionInfo | None:
     """One weight of queries, keys and values, one after the other, keys and values possibly grouped: Phi-3, timm's ViT,
     litgpt, nanoGPT; as (in, out): GPT-2; head by head: GPT-NeoX."""
     heads = _heads(module)
@@ -187,7 +209,7 @@ def one_projection(module: nn.Module) -> Host | None:
         parts = qkv.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(1, 2)
     else:
         parts = qkv.split([width, grouped, grouped])
-    return Host(
+    return AttentionInfo(
         qkv.shape[1],
         heads,
         num_kv_heads=grouped // head_dim,
@@ -198,30 +220,38 @@ def one_projection(module: nn.Module) -> Host | None:
     )
 
 
-@register_host
-def multihead_attention(module: nn.Module) -> Host | None:
+@register_adapter
+def multihead_attention(module: nn.Module) -> AttentionInfo | None:
     """nn.MultiheadAttention, in nn.TransformerEncoderLayer and elsewhere."""
     if not isinstance(module, nn.MultiheadAttention) or not module._qkv_same_embed_dim:
         return None
     weights = dict(zip("qkv", module.in_proj_weight.chunk(3), strict=True)) | {"o": module.out_proj.weight}
     biases = module.in_proj_bias is not None
-    return Host(module.embed_dim, module.num_heads, InMultiheadAttention, weights=weights, biases=biases)
+    return AttentionInfo(module.embed_dim, module.num_heads, InMultiheadAttention, weights=weights, biases=biases)
 
 
 @torch.no_grad()
-def carry(host: Host, mixer: nn.Module) -> dict[str, str]:
-    """Copies the host's projections into the mixer's where shapes allow. What became of each: `carried`, `carried, each
-    head 4 times` (grouped keys and values in a mixer that has as many as queries), or `new: ` and why."""
+def copy_projections(info: AttentionInfo, mixer: Mixer) -> dict[str, str]:
+    """Copies the projections of an attention module into a mixer's, where shapes allow.
+
+    Args:
+        info: of the attention module.
+        mixer: whose `projections` are written.
+
+    Returns:
+        What became of each of q, k, v and o: `carried`; `carried, each head 4 times` (grouped keys and values in a
+        mixer that has as many as queries); or `new: ` and why.
+    """
     ours, report = mixer.projections(), {}
     for part in "qkvo":
-        theirs, target = host.weights.get(part), ours.get(part)
+        theirs, target = info.weights.get(part), ours.get(part)
         if theirs is None or target is None:
             report[part] = "new: " + ("not found in the host" if theirs is None else "the mixer has none")
             continue
         times = 1
-        if part in "kv" and theirs.shape[0] < target.shape[0] == host.num_heads * host.head_dim:
-            times = host.num_heads // host.num_kv_heads
-            theirs = theirs.unflatten(0, (host.num_kv_heads, -1)).repeat_interleave(times, 0).flatten(0, 1)
+        if part in "kv" and theirs.shape[0] < target.shape[0] == info.num_heads * info.head_dim:
+            times = info.num_heads // info.num_kv_heads
+            theirs = theirs.unflatten(0, (info.num_kv_heads, -1)).repeat_interleave(times, 0).flatten(0, 1)
         if theirs.shape != target.shape:
             report[part] = f"new: {tuple(theirs.shape)} there, {tuple(target.shape)} here"
             continue

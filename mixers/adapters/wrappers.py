@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixers.adapters.hf_cache import layer_of
+from mixers.adapters.masks import beginnings, packed, read_mask
 from mixers.base import Mixer, MixerOutput, Routing
-from mixers.hosts.cache import layer_of
-from mixers.hosts.masks import beginnings, packed, read_mask
 from mixers.threshold import thresholds_of
 
 # What calls of attention hold that changes nothing for a mixer: positions, of which it has its own or none, and notes.
@@ -68,15 +68,15 @@ class Wrapper(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        warn_of_bare_adapter(self, state_dict)
+        warn_of_lora_without_thresholds(self, state_dict)
 
 
 class InDecoder(Wrapper):
     """In place of the causal attention of a Hugging Face decoder. Answers with (hidden, None), and keeps its state in
     the model's `Cache`. Positions are ignored, a mixer has its own or none, but for the documents that they tell apart.
 
-    Documents packed in a row (`mixers.hosts.masks.beginnings`) are read alone. A cache that was filled by them holds a
-    state for each; it is refused as that of the rows."""
+    Documents packed in a row (`mixers.adapters.masks.beginnings`) are read alone. A cache that was filled by them holds
+    a state for each; it is refused as that of the rows."""
 
     reads = "forwards"
 
@@ -198,7 +198,7 @@ def refuse(was: str, given: dict[str, Any]) -> None:
         raise ValueError(f"a mixer in place of {was} cannot honour the argument {name}{kind}")
 
 
-def warn_of_bare_adapter(module: nn.Module, state_dict: dict[str, Any]) -> None:
+def warn_of_lora_without_thresholds(module: nn.Module, state_dict: dict[str, Any]) -> None:
     """An adapter of PEFT holds no buffers unless `mixers.hf.save_adapter` wrote it: what it stores would differ."""
     adapter = any(".lora_" in name for name in state_dict) and not any(".threshold." in name for name in state_dict)
     if adapter and any(True for _ in thresholds_of(module)):
