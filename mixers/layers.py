@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.sequences import Layout
+from kernels.short_convolution import short_convolution
 
 
 class ShortConvolution(nn.Module):
@@ -32,22 +33,13 @@ class ShortConvolution(nn.Module):
             tail = self.init_state(len(layout), dtype=x.dtype, device=x.device)
         if not layout.packed:
             x = torch.cat([tail.to(x.dtype), x], 1)
-            return F.silu(self._slide(x)), x[:, x.shape[1] - self.taps + 1 :]
+            return short_convolution(x, self.weight), x[:, x.shape[1] - self.taps + 1 :]
         # every sequence gets its tail in front; the outputs that fall on tails are dropped
         before = self.taps - 1
         place, fronts, ends = layout.once(("tails", before), lambda: _tails(layout, before))
         row = x.new_zeros(x.shape[1] + before * len(tail), x.shape[-1])
         row = row.index_copy(0, fronts.flatten(), tail.to(x.dtype).flatten(0, 1)).index_copy(0, place, x[0])
-        return F.silu(self._slide(row[None])[:, place - before]), row[ends]
-
-    def _slide(self, x: Tensor) -> Tensor:
-        """(B, taps - 1 + T, channels) -> (B, T, channels). Sums of shifted views: depthwise conv1d is slow on CPU."""
-        T = x.shape[1] - self.taps + 1
-        weight = self.weight.to(x.dtype)  # under autocast x is narrower: a product with float32 would widen q, k and v
-        y = x[:, :T] * weight[0]
-        for i in range(1, self.taps):
-            y = torch.addcmul(y, x[:, i : i + T], weight[i])
-        return y
+        return short_convolution(row[None], self.weight)[:, place - before], row[ends]
 
 
 class RMSNorm(nn.RMSNorm):
