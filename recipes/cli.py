@@ -25,7 +25,8 @@ from mixers import SpecError
 from mixers.registry import ROUTERS
 from recipes import flags, plugins
 from recipes.callbacks import AskedUsage, SaveConfig
-from recipes.checkpoint import saved as checkpoints
+from recipes.checkpoint.opening import RUNS, open_checkpoint
+from recipes.checkpoint.saved import LINKED, Saved
 from recipes.composition import PARTS, all_settings, class_path, setting
 from recipes.interrupt import stopping_between_steps
 from recipes.limits import check_limits
@@ -43,7 +44,6 @@ NOISE = (
     ".*callbacks used to create the checkpoint need to be provided.*",
 )
 SIGTERM_EXIT = 128 + 15
-RUNS = "runs"  # of base.yaml
 say = rank_zero_only(print)
 
 
@@ -58,7 +58,7 @@ class RecipeCLI(LightningCLI):
 
     def __init__(self, command: str, given: flags.Flags, folder: RunFolder):
         self.given = given
-        self.saved: checkpoints.Saved | None = None
+        self.saved: Saved | None = None
         self.folder = folder
         super().__init__(
             args=[command],  # completed in parse_arguments
@@ -72,7 +72,7 @@ class RecipeCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        for key in checkpoints.LINKED:
+        for key in LINKED:
             target = f"model.init_args.{key}"
             parser.link_arguments("data", target, compute_fn=partial(self._of_data, key), apply_on="instantiate")
 
@@ -100,8 +100,9 @@ class RecipeCLI(LightningCLI):
     def _parse_over_checkpoint(self, command: str, path: str) -> Any:
         data = self.given.data and self.given.data_class()
         root = setting(self.given.rest, "trainer.default_root_dir") or RUNS
-        path = checkpoints.find(path, root=Path(root), name=f"{run_name(self.given.mixer or '*', data or '*')}-*")
-        self.saved = checkpoints.read(path)
+        name = f"{run_name(self.given.mixer or '*', data or '*')}-*"
+        self.saved = open_checkpoint(path, root=root, name=name)
+        path = self.saved.path
         self._check_mixer()
         saved = self.saved.config(command, with_data=self.given.data_class() in (None, self.saved.data))
         recipe = self.given.recipe({part: of for part in PARTS if (of := class_path(saved.get(part)))})
@@ -178,14 +179,14 @@ class RecipeCLI(LightningCLI):
             if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
                 raise SpecError("the model does not fit into this machine's memory") from error
             raise
-        for key in checkpoints.LINKED:  # Lightning writes links down even where the model has no such argument
+        for key in LINKED:  # Lightning writes links down even where the model has no such argument
             if self.model.hparams.get(key, key) is None:
                 del self.model.hparams[key]
         if self.saved:
             self._check_data()
 
     def _check_data(self) -> None:
-        for key in checkpoints.LINKED:
+        for key in LINKED:
             saved, ours = self.saved.hparams.get(key), self.model.hparams.get(key)
             if saved != ours:
                 data = type(self.datamodule).__name__

@@ -33,17 +33,17 @@ def calibrate(
     from lit_modules.callbacks import TRIED
     from lit_modules.data.text import TextData
     from mixers.threshold import thresholds_of
-    from recipes.checkpoint.generate import load
-    from recipes.checkpoint.saved import find, read
+    from recipes.checkpoint.opening import open_checkpoint
     from recipes.results import written_whole
 
     if batches < 1:
         raise SpecError(f"batches must be at least 1, got {batches}")
-    path = find(ckpt_path, root=Path(root), name="*")
-    model = load(str(path), root=root, kv_usage=kv_usage)
+    saved = open_checkpoint(ckpt_path, root=root)
+    path = saved.path
+    model = saved.language_model(of_bytes=True, kv_usage=kv_usage).to("cuda" if torch.cuda.is_available() else "cpu")
     if next(thresholds_of(model), None) is None:
         raise SpecError(f"{path}: the model has no KV threshold to calibrate")
-    own = read(path).recipe.get("data", {}).get("init_args", {})
+    own = saved.recipe.get("data", {}).get("init_args", {})
     source = {key: own[key] for key in ("paths", "text_field") if key in own} | ({"paths": text} if text else {})
     data = TextData(batch_tokens=8192, **source)
     data.setup("fit")

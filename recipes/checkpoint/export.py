@@ -1,8 +1,12 @@
 """A checkpoint of ours as a Hugging Face model: safetensors, config, and a line of code that finds the class."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mixers.registry import SpecError
+
+if TYPE_CHECKING:
+    from recipes.checkpoint.saved import Saved
 
 
 def export(ckpt_path: str = "last", out: str = "", kv_usage: float | None = None, root: str = "runs") -> None:
@@ -20,37 +24,38 @@ def export(ckpt_path: str = "last", out: str = "", kv_usage: float | None = None
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SpecError(f"--out {out} exists and is not an empty folder")
+    from recipes.checkpoint.opening import open_checkpoint
     from recipes.results import written_whole
 
+    saved = open_checkpoint(ckpt_path, root=root)
     with written_whole(folder) as part:
-        path, size = write(ckpt_path, part, kv_usage, root)
-    print(f"{path}: {size:,} parameters written to {folder}/\n")
+        size = write(saved, part, kv_usage)
+    print(f"{saved.path}: {size:,} parameters written to {folder}/\n")
     print(
         "import mixers.hf\nfrom transformers import AutoModelForCausalLM\n"
         f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})"
     )
 
 
-def write(ckpt_path: str, folder: Path, kv_usage: float | None = None, root: str = "runs") -> tuple[Path, int]:
-    """Writes the model, and its tokenizer if it reads bytes; returns the checkpoint's path and the parameters' number.
+def write(saved: "Saved", folder: Path, kv_usage: float | None = None) -> int:
+    """Writes the model, and its tokenizer if it reads bytes; returns the number of parameters.
+
+    Args:
+        saved: the checkpoint.
+        folder: an empty folder, or one to be made.
+        kv_usage: stored tokens / tokens, 0..1; default: as trained.
 
     Raises:
-        SpecError: no such checkpoint, or not that of a language model; no transformers.
+        SpecError: the checkpoint is not that of a language model; no transformers.
     """
-    from recipes.checkpoint.saved import find, read
-
-    path = find(ckpt_path, root=Path(root), name="*")
-    saved = read(path)
-    if "vocab_size" not in saved.hparams or "num_classes" in saved.hparams:
-        raise SpecError(f"{path} is no language model")
+    model = saved.language_model()
     try:
         from mixers.hf import MixerConfig, MixerForCausalLM, byte_tokenizer
     except ImportError as error:
         raise SpecError(f"export needs transformers 5: pip install 'lightning-mixers[hf]' ({error})") from error
     from lit_modules.base import with_options
-    from lit_modules.language_model import BYTES, LanguageModel
+    from lit_modules.language_model import BYTES
 
-    model = saved.load(LanguageModel)
     hparams = model.hparams
     usage = hparams.kv_usage if kv_usage is None else kv_usage
     keys = ("vocab_size", "dim", "depth", "mlp_ratio", "tie_embeddings")
@@ -60,4 +65,4 @@ def write(ckpt_path: str, folder: Path, kv_usage: float | None = None, root: str
     ours.save_pretrained(folder)
     if hparams.vocab_size == BYTES:
         byte_tokenizer().save_pretrained(folder)
-    return path, sum(p.numel() for p in ours.parameters())
+    return sum(p.numel() for p in ours.parameters())

@@ -34,13 +34,13 @@ def figures(
         out: PNG to write; the figures go into a JSON file of the same name. Default: runs/figures/<run>.png.
     """
     from lit_modules.data.mqar import MQARData
-    from lit_modules.language_model import BYTES, LanguageModel
-    from recipes.checkpoint.saved import find, read
+    from lit_modules.language_model import BYTES
+    from recipes.checkpoint.opening import open_checkpoint
 
     check_positive(tokens=tokens)
     usages = [check_usage(usage) for usage in kv_usages or [0.5, 0.25, 0.1]]
-    saved = read(find(ckpt_path, root=Path("runs"), name="*"))
-    model = saved.load(LanguageModel).eval()
+    saved = open_checkpoint(ckpt_path)
+    model = saved.language_model()
     recall = saved.build_data() if saved.data == f"{MQARData.__module__}.{MQARData.__name__}" else None
     path = Path(out or f"runs/figures/{saved.folder.name}.png")
     if model.hparams["vocab_size"] != BYTES and not recall:

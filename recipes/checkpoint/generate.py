@@ -36,20 +36,19 @@ def generate(
         max_kv_bytes: stop with an error when keys and values take more.
         root: folder of runs, for "last".
     """
+    import torch
+    from tqdm import tqdm
+
     from lit_modules.generation import Continuation
-    from recipes.checkpoint.saved import find
+    from recipes.checkpoint.opening import open_checkpoint
 
     if bool(prompt) == bool(prompt_file):
         raise SpecError("give either --prompt or --prompt_file")
     check_positive(max_new_tokens=max_new_tokens, prefill=prefill)
     check_range(0, 2**63, seed=seed)
     content = _read(prompt_file) if prompt_file else prompt.encode()
-    path = find(ckpt_path, root=Path(root), name="*")
-    model = load(str(path), kv_usage=kv_usage)
-
-    import torch
-    from tqdm import tqdm
-
+    saved = open_checkpoint(ckpt_path, root=root)
+    model = saved.language_model(of_bytes=True, kv_usage=kv_usage).to("cuda" if torch.cuda.is_available() else "cpu")
     with tqdm(total=len(content), desc="reading", unit="byte", leave=False, disable=len(content) < prefill) as bar:
         start = time.perf_counter()
         written = Continuation(
@@ -70,30 +69,8 @@ def generate(
             pending = b""
     seconds = time.perf_counter() - start
     print()
-    print(f"{path}:", file=sys.stderr)
+    print(f"{saved.path}:", file=sys.stderr)
     _report(written, len(content), read, max_new_tokens, seconds)
-
-
-def load(ckpt_path: str, *, root: str = "runs", kv_usage: float | None = None):
-    """The byte-level language model of a checkpoint, ready for evaluation, at a KV usage.
-
-    Raises:
-        SpecError: no such checkpoint, or one of another kind of model; a usage that cannot be set.
-    """
-    from lit_modules.language_model import BYTES, LanguageModel
-    from mixers.threshold import set_kv_usage
-    from recipes.checkpoint.saved import find, read
-
-    path = find(ckpt_path, root=Path(root), name="*")
-    saved = read(path)
-    if saved.hparams.get("vocab_size") != BYTES or "num_classes" in saved.hparams:
-        raise SpecError(f"{path} is no language model of bytes")
-    model = saved.load(LanguageModel).eval()
-    if kv_usage is not None:
-        set_kv_usage(model, kv_usage)
-    import torch
-
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _read(path: str) -> bytes:

@@ -24,7 +24,8 @@ except ImportError as error:
 
 from lit_modules.base import SequenceModule
 from recipes.checkpoint.export import write
-from recipes.checkpoint.saved import find, read
+from recipes.checkpoint.opening import open_checkpoint
+from recipes.checkpoint.saved import Saved
 from recipes.trust import check_options
 
 NEWLINE = 10
@@ -55,12 +56,13 @@ class LightningMixersLM(HFLM):
         if kv_usage is not None:
             check_usage(kv_usage)
         options = {"backend": "causal"} | options
-        if _checked(pretrained):
+        saved = _opened(pretrained)
+        if saved is None:
             super().__init__(pretrained, prefix_token_id=prefix_token_id, **options)
         else:
             with TemporaryDirectory() as folder:
-                path, _ = write(pretrained, Path(folder))
-                print(f"lm_eval: weights of {path}", file=sys.stderr)
+                write(saved, Path(folder))
+                print(f"lm_eval: weights of {saved.path}", file=sys.stderr)
                 super().__init__(folder, prefix_token_id=prefix_token_id, **options)
         if prefix_token_id is None and self.vocab_size == 256:
             self.custom_prefix_token_id = NEWLINE
@@ -68,20 +70,19 @@ class LightningMixersLM(HFLM):
             set_kv_usage(self.model, kv_usage)
 
 
-def _checked(pretrained: str) -> bool:
-    """Whether it is an exported model. Raises SpecError if it is no whole checkpoint, or names code that is not trusted
-    (:mod:`recipes.trust`)."""
+def _opened(pretrained: str) -> Saved | None:
+    """The checkpoint, or None where it is an exported model. Raises SpecError for what is no whole checkpoint, or names
+    code that is not trusted (:mod:`recipes.trust`)."""
     file = Path(pretrained) / "config.json"
     if not file.is_file():
-        read(find(pretrained, root=Path("runs"), name="*"))
-        return False
+        return open_checkpoint(pretrained)
     try:
         config = json.loads(file.read_bytes())
     except ValueError as error:
         raise SpecError(f"{file} is no JSON: {error}") from error
     if isinstance(config, dict) and "mixer" in config:
         check_options({"mixer": config["mixer"]}, SequenceModule, file=file)
-    return True
+    return None
 
 
 def lm_eval_command(args: list[str]) -> int:
@@ -114,7 +115,7 @@ def _with_checkpoint(args: list[str]) -> list[str]:
             rest.append(word)
     if given is None:
         return rest
-    _checked(given)  # before the harness looks for its tasks
+    _opened(given)  # before the harness looks for its tasks
     for i, word in enumerate(rest):
         flag, equals, value = word.partition("=")
         if flag in ("--model_args", "-a"):

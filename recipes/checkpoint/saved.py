@@ -6,19 +6,17 @@ the flags; then KV usage may be changed, and any other difference is an error, f
 """
 
 import json
-import zipfile
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
-from lit_modules.base import SequenceModule, with_options
-from lit_modules.finite import not_finite
+from lit_modules.base import with_options
+from lit_modules.language_model import BYTES, LanguageModel
 from mixers.registry import MIXERS, ROUTERS, THRESHOLDS, Registry, SpecError, parse_spec
+from mixers.threshold import set_kv_usage
 from recipes.messages import one_line
 from recipes.trust import check_options, trusted
 
@@ -36,55 +34,6 @@ OF_TRAINING = (
     "limit_train_batches",
     "strategy",
 )
-INSTANTIATORS = (None, "lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
-
-
-def find(path: str, *, root: Path, name: str) -> Path:
-    """The file or folder of `--ckpt_path`.
-
-    Args:
-        path: as given; "last" is the newest last.ckpt of the runs whose name matches.
-        root: folder of runs.
-        name: pattern of the names of runs, such as "ham-*-*".
-
-    Raises:
-        SpecError: there is none.
-    """
-    if path == "last":
-        folders = [folder for folder in root.glob(f"{name}/checkpoints") if any(folder.glob("*.ckpt"))]
-        for folder in sorted(folders, key=_newest, reverse=True):
-            if found := _last(folder):
-                return found
-        raise SpecError(f"--ckpt_path last: no run {root / name} has a last checkpoint")
-    if not Path(path).exists():
-        beside = _last(Path(path).parent) if Path(path).is_symlink() else None
-        cut = f" but a link into nowhere; beside it is {beside}" if beside else ""
-        raise SpecError(f"--ckpt_path {path}: no such checkpoint{cut}")
-    return Path(path)
-
-
-def _newest(folder: Path) -> float:
-    """When anything was written into a folder of checkpoints: links count, even if they lead nowhere."""
-    return max(file.lstat().st_mtime for file in folder.glob("*.ckpt"))
-
-
-def _last(folder: Path) -> Path | None:
-    """The last checkpoint of a run. One that was cut while it saved may have left a link into nowhere: then the newest
-    file that is whole."""
-    links = [file for file in folder.glob("last*.ckpt") if file.exists()]
-    if links:
-        return max(links, key=lambda file: file.stat().st_mtime)
-    files = [file for file in folder.glob("*.ckpt") if file.exists()]
-    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
-        with suppress(SpecError):
-            _check_archive(_plain_file(file))
-            return file
-    return None
-
-
-def _plain_file(path: Path) -> Path:
-    """The file of a checkpoint with its plain data: of a sharded one, its meta file."""
-    return path / "meta.pt" if path.is_dir() else path
 
 
 @dataclass
@@ -141,6 +90,24 @@ class Saved:
         except Exception as error:  # a constructor, or torch, with whatever is in the file
             what = f"{type(error).__name__}: {one_line(str(error))}"
             raise SpecError(f"{self.path} cannot be loaded as a {found.__name__}: {what}") from error
+
+    def language_model(self, *, of_bytes: bool = False, kv_usage: float | None = None) -> LanguageModel:
+        """The model for evaluation, on the CPU.
+
+        Args:
+            of_bytes: whether it must read bytes.
+            kv_usage: stored tokens / tokens, 0..1; default: as trained.
+
+        Raises:
+            SpecError: it is no such language model, does not fit the weights, or has no such usage.
+        """
+        vocabulary = self.hparams.get("vocab_size")
+        if vocabulary is None or "num_classes" in self.hparams or of_bytes and vocabulary != BYTES:
+            raise SpecError(f"{self.path} is no language model{' of bytes' * of_bytes}")
+        model = self.load(LanguageModel).eval()
+        if kv_usage is not None:
+            set_kv_usage(model, kv_usage)
+        return model
 
     def config(self, command: str, *, with_data: bool) -> dict[str, Any]:
         """What to parse before the flags. Only training goes on with the same trainer. Raises SpecError for a class
@@ -216,56 +183,3 @@ def _difference(one: Any, other: Any, path: str = "") -> tuple[str, Any, Any] | 
         return None if one == other else (path, one, other)
     found = (_difference(one[key], other[key], f"{path}.{key}".lstrip(".")) for key in one)
     return next((difference for difference in found if difference), None)
-
-
-def read(path: Path) -> Saved:
-    """Reads a checkpoint's plain data; of a sharded one, from its meta file. Nothing that it names is imported but what
-    :mod:`recipes.trust` lets pass.
-
-    Raises:
-        SpecError: it is none, is damaged, or names a class of the model that is not trusted.
-    """
-    file = _plain_file(path)
-    _check_archive(file)
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        hparams = dict(checkpoint["hyper_parameters"])
-        recipe, step = dict(checkpoint.get(RECIPE, {})), int(checkpoint.get("global_step", 0))
-        well_formed = all(isinstance(recipe.get(key, {}), dict) for key in ("data", "trainer"))
-    except Exception as error:  # torch.load and pickle raise whatever the bytes make them
-        raise SpecError(f"{path} is no checkpoint with plain hyper-parameters ({type(error).__name__})") from error
-    if not well_formed or {"hparams", "module_arguments"} & {*checkpoint}:
-        raise SpecError(f"{path} holds no recipe or hyper-parameters of a known kind: they are malformed")
-    if (instantiator := hparams.pop("_instantiator", None)) not in INSTANTIATORS:
-        raise SpecError(f"{path} asks for {instantiator!r} to build it, which is not Lightning's")
-    model_class = hparams.pop("_class_path", None)
-    cls = trusted(model_class, LightningModule, file=path) if model_class else SequenceModule
-    check_options(hparams, cls, file=path)
-    check_finite(checkpoint.get("state_dict", {}), path)
-    finished = checkpoint.get("callbacks", {}).get("ValidateAtEnd", {}).get("done", True)
-    return Saved(
-        path=path,
-        model_class=model_class,
-        hparams=hparams,
-        recipe=recipe,
-        step=step,
-        finished=finished,
-        processes=checkpoint.get(PROCESSES),
-    )
-
-
-def check_finite(state_dict: dict[str, torch.Tensor], path: Path) -> None:
-    """Raises SpecError for weights that are NaN or inf."""
-    if bad := not_finite(state_dict.items()):
-        raise SpecError(f"{path} is of a run that diverged: {bad} is not finite")
-
-
-def _check_archive(file: Path) -> None:
-    """Raises SpecError unless every part of a torch archive has the checksum that was saved; torch does not look."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-    except Exception as error:  # zipfile raises whatever the bytes make it
-        raise SpecError(f"{file} is no checkpoint, or a damaged one ({one_line(str(error))})") from error
-    if damaged:
-        raise SpecError(f"{file} is damaged: {damaged} does not have the checksum that was saved with it")

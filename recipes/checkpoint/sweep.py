@@ -32,14 +32,14 @@ def sweep(
     from tqdm import tqdm
 
     from mixers.threshold import check_usage
-    from recipes.checkpoint.saved import find, read
+    from recipes.checkpoint.opening import open_checkpoint
     from recipes.compare.curve import curve_table, draw_curves
     from recipes.results import stamp, write_json
 
     if long < 0:
         raise SpecError(f"long must be a number of tokens, got {long}")
     usages = [check_usage(usage) for usage in kv_usages or USAGES]
-    found = [read(find(path, root=Path(root), name="*")) for path in ckpt_paths or ["last"]]
+    found = [open_checkpoint(path, root=root) for path in ckpt_paths or ["last"]]
     loaded = [_load(saved) for saved in found]
     metrics = {metric for *_, metric in loaded}
     if len(metrics) > 1:

@@ -7,7 +7,7 @@ import torch
 
 from lit_modules.language_model import LanguageModel
 from mixers import SpecError
-from recipes.checkpoint import saved as checkpoints
+from recipes.checkpoint import opening
 
 
 def poison(monkeypatch, step, part):
@@ -69,6 +69,6 @@ def test_what_diverged_is_not_used(run, here, checkpoint, command):
 
 
 def test_masks_may_be_infinite(tmp_path):
-    checkpoints.check_finite({"mask": torch.full((2, 2), -torch.inf), "ids": torch.ones(2, dtype=torch.long)}, tmp_path)
+    opening.check_finite({"mask": torch.full((2, 2), -torch.inf), "ids": torch.ones(2, dtype=torch.long)}, tmp_path)
     with pytest.raises(SpecError, match="weight is not finite"):
-        checkpoints.check_finite({"weight": torch.tensor([torch.inf])}, tmp_path)
+        opening.check_finite({"weight": torch.tensor([torch.inf])}, tmp_path)
