@@ -15,6 +15,7 @@ from lit_modules.budgets import build_budget
 from lit_modules.data.batches import check_batch
 from lit_modules.finite import gradient_norm, origin
 from lit_modules.metrics import KVUsage
+from lit_modules.run_stats import RunStats
 from mixers.backbone import Decoder, DecoderOutput
 from mixers.registry import MIXERS, SpecError, check_range, parse_pattern
 from mixers.threshold import check_usage, set_kv_usage, thresholds_of, usage_per_sequence
@@ -206,18 +207,21 @@ class SequenceModule(pl.LightningModule):
 
     # Logging
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return [RunStats()]
+
     def log_step(self, out: DecoderOutput, **values: Tensor) -> None:
         """Logs ``train/...`` values of a training step and, on the steps that loggers see, what the mixers report.
 
         The batch size is given to spare Lightning the search for it.
         """
         self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=1, prog_bar=True)
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
             usage = KVUsage(sync_on_compute=False)
             usage.update(out.routing)
-            reports = {name: value for name, value in usage.compute().items() if "head" not in name}
-            reports["aux_loss"] = out.aux_loss.detach()
-            self.log_dict({f"train/{name}": value for name, value in reports.items()}, batch_size=1)
+            if "kv_usage" in (found := usage.compute()):
+                self.log("train/kv_usage", found["kv_usage"], batch_size=1, prog_bar=True)
+            self.log("trainer/aux_loss", out.aux_loss.detach(), batch_size=1)
 
     def log_metrics(self, stage: str) -> None:
         """Logs all metrics at the end of an evaluation; ``last_usage`` keeps the usage per head."""

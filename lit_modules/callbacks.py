@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_modules.data.stream import longest_document
 from lit_modules.generation import generate
+from lit_modules.loggers import log_text
 from mixers.allocation import allocate, sharing
 from mixers.calibration import calibrate
 from mixers.registry import SpecError
@@ -129,7 +130,7 @@ def usage_table(usage: dict[str, float]) -> str:
 
 
 class SampleText(pl.Callback):
-    """Prints text that a language model of bytes goes on to write, at the end of a fit. Does nothing for other data.
+    """Prints and logs text that a language model of bytes goes on to write, at the end of a fit. Other data have none.
 
     Args:
         prompt: what to go on from; None for 64 bytes of the validation text.
@@ -168,6 +169,7 @@ class SampleText(pl.Callback):
             pl_module.train(training)
         prompted, written = decode(tokens[: prompt.shape[1]]), decode(tokens[prompt.shape[1] :])
         say(f"\nsample, temperature {self.temperature}; the model goes on from |:\n{_indent(f'{prompted}|{written}')}")
+        log_text(trainer, "sample", f"{prompted}|{written}")
 
     @staticmethod
     def _from_validation(trainer: pl.Trainer) -> Tensor:

@@ -1,5 +1,6 @@
 """Next-token models: text and recall."""
 
+import math
 from typing import Any
 
 import torch
@@ -84,7 +85,8 @@ class LanguageModel(SequenceModule):
         loss, answers = self.token_loss(out.hidden, batch["targets"])
         asked = batch["targets"] != IGNORED
         accuracy = ((answers == batch["targets"]) & asked).sum() / asked.sum().clamp(min=1)
-        self.log_step(out, loss=loss.detach(), accuracy=accuracy)
+        bits = {"bits_per_byte": loss.detach() / math.log(2)} if self.hparams.vocab_size == BYTES else {}
+        self.log_step(out, loss=loss.detach(), accuracy=accuracy, **bits)
         return {"loss": loss + out.aux_loss, "accuracy": accuracy}
 
     def evaluation_step(self, batch: dict[str, Tensor]) -> None:

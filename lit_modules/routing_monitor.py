@@ -1,34 +1,34 @@
-"""Shows in TensorBoard what the routers of a model do."""
+"""Shows what the routers of a model do."""
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from lit_modules.data.stream import longest_document
+from lit_modules.loggers import log_figure, log_numbers
 from lit_modules.routing_figure import routing_figure
 from mixers.base import Routing
 
 
 class RoutingMonitor(pl.Callback):
-    """After each validation, writes to TensorBoard:
+    """After each validation, shows in every logger, under ``val_routing/``:
 
-    - ``routing/layer{i}/kv_usage`` and ``routing/layer{i}/head{h}/kv_usage`` over the whole validation set;
-    - ``routing/layer{i}/head{h}/tau``, the thresholds, and ``routing/layer{i}/scores``, a histogram;
-    - ``routing/sequence``, a picture of scores, threshold, stored tokens and gate along one sequence.
+    - ``kv_usage``, ``layer{i}/kv_usage`` and ``layer{i}/head{h}/kv_usage`` over the whole validation set;
+    - ``tau``, the threshold, once for whatever shares it;
+    - ``layer{i}/score_low``, ``_middle`` and ``_high``: the scores' quantiles at .1, .5 and .9;
+    - ``sequence``, a picture of scores, threshold, stored tokens and gate along one sequence.
 
     The scores are of the first validation batch, which the model reads once more. Nothing happens for a model without
-    routers or a trainer without TensorBoard.
+    routers or a trainer without loggers.
 
     Args:
         max_tokens: of the sequence to show, at most.
     """
 
-    def __init__(self, *, max_tokens: int = 128) -> None:
+    def __init__(self, *, max_tokens: int = 64) -> None:
         self.max_tokens = max_tokens
         self.batch: dict[str, Tensor] = {}
 
@@ -40,19 +40,20 @@ class RoutingMonitor(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         batch, self.batch = self.batch, {}
-        writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if trainer.sanity_checking or not writers or not batch:
+        if trainer.sanity_checking or not trainer.loggers or not batch:
             return
-        with torch.no_grad():
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
             routing = pl_module.decode(batch).routing
         if all(routed is None for routed in routing):
             return
         tokens, sequence = one_sequence(batch, routing, max_tokens=self.max_tokens)
         decode = getattr(trainer.datamodule, "decode", None)
         labels = [visible(decode(token[None])) for token in tokens] if decode else []
-        for writer in writers:
-            write_routing(writer, routing, pl_module.last_usage, step=trainer.global_step)
-            writer.add_figure("routing/sequence", routing_figure(sequence, labels=labels), trainer.global_step)
+        shown = numbers(routing, pl_module.last_usage)
+        log_numbers(trainer, {f"val_routing/{name}": value for name, value in shown.items()})
+        figure = routing_figure(sequence, labels=labels)
+        figure.set_dpi(200)
+        log_figure(trainer, "val_routing/sequence", figure)
 
 
 def one_sequence(
@@ -76,21 +77,27 @@ def one_sequence(
     return batch["tokens"][0, part], cut
 
 
-def write_routing(writer: Any, routing: list[Routing | None], usage: dict[str, float], *, step: int) -> None:
-    """Writes scalars and histograms to a ``SummaryWriter``; ``usage`` is what ``KVUsage`` computed."""
-    for name, value in usage.items():
-        writer.add_scalar(
-            f"routing/{name.removeprefix('kv_usage/')}/kv_usage" if "/" in name else "routing/kv_usage", value, step
-        )
+def numbers(routing: list[Routing | None], usage: dict[str, float]) -> dict[str, float]:
+    """What there is to plot; ``usage`` is what ``KVUsage`` computed.
+
+    A threshold that layers or heads share is there once: as ``tau``, ``layer{i}/tau`` or ``layer{i}/head{h}/tau``.
+    """
+    named = {f"{name.removeprefix('kv_usage').lstrip('/')}/kv_usage".lstrip("/"): x for name, x in usage.items()}
+    taus = {layer: routed.tau.tolist() for layer, routed in enumerate(routing) if routed is not None}
+    if len({tau for heads in taus.values() for tau in heads}) == 1:
+        named["tau"] = next(iter(taus.values()))[0]
+    else:
+        for layer, heads in taus.items():
+            shared = len({*heads}) == 1
+            named |= {f"layer{layer}/tau": heads[0]} if shared else {}
+            named |= {} if shared else {f"layer{layer}/head{head}/tau": tau for head, tau in enumerate(heads)}
     for layer, routed in enumerate(routing):
-        if routed is None:
-            continue
-        for head, tau in enumerate(routed.tau.tolist()):
-            if math.isfinite(tau):
-                writer.add_scalar(f"routing/layer{layer}/head{head}/tau", tau, step)
-        scores = routed.scores[routed.scores.isfinite()]
+        scores = routed.scores[routed.scores.isfinite()].float() if routed is not None else []
         if len(scores):
-            writer.add_histogram(f"routing/layer{layer}/scores", scores, step)
+            quantiles = torch.tensor([0.1, 0.5, 0.9], device=scores.device)
+            found = torch.quantile(scores[: 2**24], quantiles).tolist()  # the most that torch takes
+            named |= {f"layer{layer}/score_{q}": x for q, x in zip(("low", "middle", "high"), found, strict=True)}
+    return {name: value for name, value in named.items() if math.isfinite(value)}
 
 
 def visible(character: str) -> str:

@@ -154,6 +154,14 @@ class StepBar(TQDMProgressBar):
             bar.set_postfix(self.get_metrics(trainer, pl_module))
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """What a bar has room for: loss, how good that is, KV usage, and the last validation."""
         metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
+        good = "bits_per_byte" if "train/bits_per_byte" in metrics else "accuracy"
+        names = {
+            "train/loss": "loss",
+            f"train/{good}": good,
+            "train/kv_usage": "kv_usage",
+            f"val/{good}": f"val_{good}",
+        }
+        ours = {short: metrics.pop(name) for name, short in names.items() if name in metrics}
+        return ours | {name: x for name, x in metrics.items() if name != "v_num" and "/" not in name}

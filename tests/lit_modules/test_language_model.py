@@ -56,7 +56,11 @@ def test_a_short_fit_logs_what_was_agreed(make_trainer, make_model, make_mqar):
     trainer.fit(model, data)
     logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
     assert logged["val/perplexity"] == pytest.approx(math.exp(logged["val/loss"]), rel=1e-4)
-    assert {f"train/{name}" for name in ("loss", "accuracy", "aux_loss", "kv_usage")} <= logged.keys()
+    assert {f"train/{name}" for name in ("loss", "accuracy", "kv_usage")} <= logged.keys()
+    stats = ("learning_rate", "gradient_norm", "tokens", "tokens_per_second", "peak_memory_gb", "aux_loss")
+    assert {f"trainer/{name}" for name in stats} <= logged.keys()
+    assert all(logged[f"trainer/{name}"] > 0 for name in stats[:-1])
+    assert logged["trainer/tokens"] == 5 * 16 * next(iter(data.val_dataloader()))["tokens"].shape[1]
     assert {"val/accuracy", "val/kv_usage/layer1"} <= logged.keys()
     assert "val/bits_per_byte" not in logged and not any("head" in name for name in logged)
     heads = [value for name, value in model.last_usage.items() if "head" in name]

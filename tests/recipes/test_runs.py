@@ -32,7 +32,7 @@ def metrics_in(result) -> dict[str, float]:
 
 def test_what_a_run_leaves_behind(run_folder):
     names = {path.name.split(".")[0] for path in run_folder.iterdir()}
-    assert names == {"checkpoints", "config", "events", "hparams", "metrics"}
+    assert names == {"checkpoints", "config", "events", "hparams", "metrics", "sample", "val_routing"}
     config = yaml.safe_load((run_folder / "config.yaml").read_text())
     assert config["model"]["init_args"]["mixer"]["name"] == "ham"
     assert config["trainer"]["max_steps"] == 6
