@@ -13,7 +13,7 @@ from torchmetrics import MetricCollection
 
 from lit_modules.budgets import build_budget
 from lit_modules.data.batches import check_batch
-from lit_modules.finite import gradient_norm, origin
+from lit_modules.finite import first_not_finite, gradient_norm
 from lit_modules.metrics import KVUsage
 from lit_modules.run_stats import RunStats
 from mixers.backbone import Decoder, DecoderOutput
@@ -79,7 +79,7 @@ class SequenceModule(pl.LightningModule):
         router: spec that replaces the router of every entry of ``mixer`` that has one.
         kv_usage: stored tokens / tokens, 0..1; replaces that of every entry of ``mixer`` that has one.
         budget: "fixed" trains at ``kv_usage``; "any" trains each sequence at a usage of its own, so that one model
-            serves all budgets. A spec: see :class:`lit_modules.budgets.AnyBudget` for its options.
+            serves all of them. A spec: see :class:`lit_modules.budgets.AnyBudget` for its options.
         mlp_ratio: hidden width of the MLPs / dim.
         tie_embeddings: one matrix for the embedding and the head.
         learning_rate: peak of the schedule.
@@ -277,7 +277,7 @@ class SequenceModule(pl.LightningModule):
 
     def _diverged(self) -> str:
         with self.trainer.precision_plugin.forward_context():
-            what = origin(self, self.loss, self.last_batch)
+            what = first_not_finite(self, self.loss, self.last_batch)
         saved = getattr(self.trainer.checkpoint_callback, "last_model_path", "")
         kept = f"the last checkpoint is {saved}" if saved else "no checkpoint was saved before"
         return (

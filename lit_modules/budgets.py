@@ -1,4 +1,4 @@
-"""Which KV usages a model is trained at: one, or all of them so that one model serves every budget.
+"""Which KV usages a model is trained at: one, or all of them so that one model serves every usage.
 
 fixed  every sequence at the usage that the mixers are set to
 any    each sequence at a usage of its own: a share `zero` at 0, a share `one` at 1, the others uniform between
@@ -25,7 +25,7 @@ class AnyBudget:
     Args:
         zero: share of the sequences at usage 0, in [0, 1].
         one: share at usage 1; zero + one is at most 1.
-        allocate: after training, fit which heads a small budget goes to (:func:`mixers.allocate`).
+        allocate: after training, fit how heads share a small usage (:func:`mixers.allocate`).
     """
 
     zero: float = 0.5

@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_modules.data.stream import longest_document
 from lit_modules.generation import generate
 from lit_modules.loggers import log_text
-from mixers.allocation import allocate, sharing
+from mixers.allocation import allocatable_mixers, allocate
 from mixers.calibration import calibrate
 from mixers.registry import SpecError
 from mixers.threshold import thresholds_of
@@ -94,7 +94,7 @@ class CalibrateThresholds(pl.Callback):
         loader = trainer.train_dataloader if data is None else data.train_dataloader()
         batches = (trainer.strategy.batch_to_device(batch) for batch in islice(loader, self.batches))
         with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
-            if (budget := getattr(pl_module, "budget", None)) and budget.allocate and sharing(pl_module):
+            if (budget := getattr(pl_module, "budget", None)) and budget.allocate and allocatable_mixers(pl_module):
                 few = [*islice(batches, TRIED)]
                 batches = chain(few, batches)
                 if not self.allocated:

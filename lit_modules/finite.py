@@ -27,7 +27,7 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
 
 
 @torch.no_grad()
-def origin(module: nn.Module, loss: Any, batch: Any) -> str:
+def first_not_finite(module: nn.Module, loss: Any, batch: Any) -> str:
     """Names what is not finite first when ``loss(batch)`` is computed, or, if that is finite, the gradient where the
     backward pass left the finite numbers.
 
@@ -38,14 +38,14 @@ def origin(module: nn.Module, loss: Any, batch: Any) -> str:
     """
     found: list[str] = []
 
-    def look(name: str):
+    def watch(name: str):
         def hook(part: nn.Module, inputs: Any, output: Any) -> None:
             if not found and not_finite(("", x) for x in _tensors(output)) is not None:
                 found.append(f"the output of {name} ({type(part).__name__})")
 
         return hook
 
-    hooks = [part.register_forward_hook(look(name)) for name, part in module.named_modules() if name]
+    hooks = [part.register_forward_hook(watch(name)) for name, part in module.named_modules() if name]
     try:
         with torch.compiler.set_stance("force_eager"):
             value = loss(batch)

@@ -1,8 +1,8 @@
-"""Which heads a budget goes to, by trial: a bias on every head's scores that lowers the loss at small KV usages.
+"""Which heads store more, by trial: a bias on every head's scores that lowers the loss at small KV usages.
 
 Routers rank the tokens of one head well. What they say of two heads is less to be trusted: the error that a memory
 makes in one layer may be large and of no consequence, and a token is worth storing only where later tokens read it. A
-model trained for every budget is the worst case, as at large usages everything is stored everywhere and nothing tells
+model trained at every usage is the worst case, as at large usages everything is stored everywhere and nothing tells
 the heads apart. The loss tells, so it is asked: layers first, then heads, are tried with a bias up and down, and what
 lowers the mean loss over some small usages is kept. Tokens within a head keep their order; nothing is trained.
 """
@@ -21,7 +21,7 @@ from mixers.sharing import routing_mixers
 from mixers.threshold import Threshold, check_usage, mean_over_ranks
 
 USAGES = (1 / 16, 1 / 8, 1 / 4)
-GAIN = 1e-3  # of the loss: less than that is not worth a bias
+MIN_GAIN = 1e-3  # of the loss: less than that is not worth a bias
 DOUBLINGS = 5
 
 
@@ -35,7 +35,7 @@ def allocate(
     heads: bool | None = None,
     progress: bool = False,
 ) -> tuple[float, float]:
-    """Sets `head_bias` of every mixer that routes and shares its budget, and calibrates the thresholds.
+    """Sets `head_bias` of every mixer whose threshold several heads share, and calibrates the thresholds.
 
     A trial costs two forward passes over the first batch to calibrate, and one over each batch for each usage; there
     are two to ten trials for every layer and head.
@@ -44,7 +44,7 @@ def allocate(
         model: any module with routing mixers; its modes (train, eval) are put back.
         batches: what `loss` takes; a few are enough. Every process of a distributed run needs as many.
         loss: a batch -> mean loss, a scalar: a forward pass through `model`.
-        kv_usages: the budgets that count, all the same.
+        kv_usages: those at which the loss counts, all the same, in [0, 1].
         heads: also try the heads of each layer; default: if there are no more than 16 in all.
         progress: show a bar.
 
@@ -52,14 +52,15 @@ def allocate(
         The mean loss before and after.
 
     Raises:
-        SpecError: nothing in the model shares a budget, there is no batch, or a usage is out of range.
+        SpecError: no heads of the model share a threshold that follows the KV usage, there is no batch, or a usage is
+            out of range.
     """
-    mixers = sharing(model)
+    mixers = allocatable_mixers(model)
     if not mixers:
-        raise SpecError("there is nothing to allocate: no heads of the model share a budget that follows the KV usage")
+        raise SpecError("there is nothing to allocate: no heads share a threshold that follows the KV usage")
     usages, batches = [check_usage(usage) for usage in kv_usages], list(batches)
     if not (usages and batches):
-        raise SpecError("to allocate the KV budget takes at least one batch and one usage")
+        raise SpecError("to allocate KV usage takes at least one batch and one usage")
     thresholds = {m.threshold: m.threshold.kv_usage for m in mixers}
     for threshold in thresholds:
         threshold.close_step()  # of training
@@ -86,7 +87,7 @@ def allocate(
         groups = [(i, slice(None)) for i in range(len(mixers))] if several else []
         if heads or heads is None and sum(len(m.head_bias) for m in mixers) <= 16:
             groups += [(i, slice(h, h + 1)) for i, m in enumerate(mixers) for h in range(len(m.head_bias))]
-        for i, some in tqdm(groups, desc="allocating the KV budget", leave=False, disable=not progress):
+        for i, some in tqdm(groups, desc="allocating KV usage", leave=False, disable=not progress):
             best = _line_search(mixers[i].head_bias[some], units[i], best, trial)
     except BaseException:
         for threshold, usage in thresholds.items():
@@ -103,8 +104,8 @@ def allocate(
     return first, best
 
 
-def sharing(model: nn.Module) -> list[Mixer]:
-    """The mixers of a model whose heads share a budget that follows the KV usage."""
+def allocatable_mixers(model: nn.Module) -> list[Mixer]:
+    """The mixers of a model whose heads share a threshold that follows the KV usage."""
     return [m for m in routing_mixers(model) if m.threshold.follows_usage and m.threshold.scope != "head"]
 
 
@@ -113,15 +114,15 @@ def _line_search(bias: Tensor, unit: float, best: float, trial: Callable[[], flo
     to where it was least; if that is where it began, the same downwards. A step may well change nothing: scores of
     another head can lie far off."""
     for sign in (1, -1):
-        here, least = bias.clone(), best
+        best_bias, least = bias.clone(), best
         for doubling in range(DOUBLINGS):
             bias += sign * unit * 2**doubling
             value = trial()
-            if value < least * (1 - GAIN):
-                here, least = bias.clone(), value
-            elif value > least * (1 + GAIN):
+            if value < least * (1 - MIN_GAIN):
+                best_bias, least = bias.clone(), value
+            elif value > least * (1 + MIN_GAIN):
                 break
-        bias.copy_(here)
+        bias.copy_(best_bias)
         if least < best:
             return least
     return best

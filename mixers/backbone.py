@@ -119,9 +119,9 @@ class Decoder(nn.Module):
         before the first layer and put back, as zeros, after the last."""
         if state is not None and len(state) != len(self.blocks):
             raise ValueError(f"the state is of {len(state)} layers, the decoder has {len(self.blocks)}")
-        layout, back = Layout.of(cu_seqlens, tokens), None
+        layout, restore = Layout.of(cu_seqlens, tokens), None
         if padding_mask is not None and tokens.numel():
-            tokens, layout, back = without_padding(tokens, layout, padding_mask)
+            tokens, layout, restore = without_padding(tokens, layout, padding_mask)
         x = self.embedding(tokens)
         outputs = []
         for i, block in enumerate(self.blocks):
@@ -130,8 +130,8 @@ class Decoder(nn.Module):
             outputs.append(out)
         losses = [out.aux_loss for out in outputs if out.aux_loss is not None]
         hidden, routing = self.norm(x), [out.routing for out in outputs]
-        if back is not None:
-            hidden, routing = back(hidden), [None if r is None else r.map(back) for r in routing]
+        if restore is not None:
+            hidden, routing = restore(hidden), [None if r is None else r.map(restore) for r in routing]
         return DecoderOutput(
             hidden,
             None if state is None else [out.state for out in outputs],

@@ -143,10 +143,10 @@ class Mixer(nn.Module):
             return MixerOutput(x, state)
         if padding_mask is None:
             return self.mix(x, state, layout if self._takes_layout else layout.cu_seqlens)
-        packed, layout, back = without_padding(x, layout, padding_mask)
+        packed, layout, restore = without_padding(x, layout, padding_mask)
         out = self.forward(packed, state, layout)
-        routing = None if out.routing is None else out.routing.map(back)
-        return replace(out, hidden=back(out.hidden), routing=routing)
+        routing = None if out.routing is None else out.routing.map(restore)
+        return replace(out, hidden=restore(out.hidden), routing=routing)
 
     def _check(self, state: MixerState) -> None:
         if self._kind is None:
@@ -173,9 +173,9 @@ def without_padding(x: Tensor, layout: Layout, mask: Tensor) -> tuple[Tensor, La
     bounds = real[layout.cu_seqlens.long()] if layout.packed else real[:: mask.shape[1]]
     packed = x[mask][None]
 
-    def back(row: Tensor) -> Tensor:
+    def restore(row: Tensor) -> Tensor:
         padded = row.new_zeros(*mask.shape, *row.shape[2:])
         padded[mask] = row[0]
         return padded
 
-    return packed, Layout.of(bounds.to(torch.int32), packed), back
+    return packed, Layout.of(bounds.to(torch.int32), packed), restore

@@ -145,23 +145,25 @@ def _try(name: str, what: str, holds: Callable[..., Any], *args: Any) -> None:
 def shapes(mixer: Mixer, x: Tensor) -> None:
     """hidden (B, T, D) of the dtype of x; scores (B, T, H) float32 and no NaN; stored (B, T, H) bool."""
     out = mixer(x)
-    _is(isinstance(out, MixerOutput), f"the output is {type(out).__name__}, not MixerOutput")
-    _is(out.hidden.shape == x.shape, f"hidden is {tuple(out.hidden.shape)} of x {tuple(x.shape)}")
-    _is(out.hidden.dtype == x.dtype, f"hidden is {out.hidden.dtype} of x {x.dtype}")
-    _is(bool(out.hidden.isfinite().all()), "hidden is not finite")
+    _require(isinstance(out, MixerOutput), f"the output is {type(out).__name__}, not MixerOutput")
+    _require(out.hidden.shape == x.shape, f"hidden is {tuple(out.hidden.shape)} of x {tuple(x.shape)}")
+    _require(out.hidden.dtype == x.dtype, f"hidden is {out.hidden.dtype} of x {x.dtype}")
+    _require(bool(out.hidden.isfinite().all()), "hidden is not finite")
     if (routing := out.routing) is not None:
         scores, stored = routing.scores, routing.stored
-        _is(scores.ndim == 3 and scores.shape[:2] == x.shape[:2], f"scores are {tuple(scores.shape)}, not (B, T, H)")
-        _is(scores.dtype == torch.float32, f"scores are {scores.dtype}, not float32")
-        _is(not scores.isnan().any(), f"{int(scores.isnan().sum())} of {scores.numel()} scores are NaN")
-        _is(stored.shape == scores.shape and stored.dtype == torch.bool, f"stored is {stored.dtype}, not bool")
+        _require(
+            scores.ndim == 3 and scores.shape[:2] == x.shape[:2], f"scores are {tuple(scores.shape)}, not (B, T, H)"
+        )
+        _require(scores.dtype == torch.float32, f"scores are {scores.dtype}, not float32")
+        _require(not scores.isnan().any(), f"{int(scores.isnan().sum())} of {scores.numel()} scores are NaN")
+        _require(stored.shape == scores.shape and stored.dtype == torch.bool, f"stored is {stored.dtype}, not bool")
 
 
 def usage(mixer: Mixer, x: Tensor) -> None:
     """Of tokens that its threshold was calibrated on, a mixer stores the share that was asked for."""
     if mixer.threshold.follows_usage and mixer.router.tells_tokens_apart:
         stored, asked = float(mixer(x).routing.stored.float().mean()), mixer.threshold.kv_usage
-        _is(abs(stored - asked) <= 0.05, f"{stored:.3f} of the tokens are stored, not {asked:g}")
+        _require(abs(stored - asked) <= 0.05, f"{stored:.3f} of the tokens are stored, not {asked:g}")
 
 
 def causality(mixer: Mixer, x: Tensor, place: int, tolerance: float) -> None:
@@ -169,10 +171,10 @@ def causality(mixer: Mixer, x: Tensor, place: int, tolerance: float) -> None:
     other = torch.cat([x[:, :place], x[:, place:].flip(0, 2) + 1], 1)
     one, two = mixer(x), mixer(other)
     before, after = (one.hidden[:, :place], two.hidden[:, :place]), (one.hidden[:, place:], two.hidden[:, place:])
-    _same("hidden of earlier tokens", *before, tolerance)
-    _is(not torch.allclose(*after), "hidden does not depend on x")
+    _close("hidden of earlier tokens", *before, tolerance)
+    _require(not torch.allclose(*after), "hidden does not depend on x")
     if one.routing is not None:
-        _same("scores of earlier tokens", one.routing.scores[:, :place], two.routing.scores[:, :place], tolerance)
+        _close("scores of earlier tokens", one.routing.scores[:, :place], two.routing.scores[:, :place], tolerance)
         _equal("tokens stored", one.routing.stored[:, :place], two.routing.stored[:, :place])
 
 
@@ -184,16 +186,16 @@ def packing(mixer: Mixer, x: Tensor, lengths: Sequence[int], tolerance: float) -
     """
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(x.device, torch.int32)
     packed, without = mixer(x, mixer.init_state(len(lengths)), bounds), mixer(x, cu_seqlens=bounds)
-    _same("hidden without a state", without.hidden, packed.hidden, tolerance)
+    _close("hidden without a state", without.hidden, packed.hidden, tolerance)
     alone = [mixer(part, mixer.init_state(1)) for part in x.split(list(lengths), 1)]
-    _same("hidden", packed.hidden, torch.cat([out.hidden for out in alone], 1), tolerance)
+    _close("hidden", packed.hidden, torch.cat([out.hidden for out in alone], 1), tolerance)
     if packed.routing is not None:
         stored = [out.routing.stored for out in alone if out.routing is not None]
         _equal("tokens stored", packed.routing.stored, torch.cat(stored, 1))
     _length(packed.state, list(lengths))
     probe = x[:, :1].expand(len(lengths), -1, -1)
     later = mixer(probe, packed.state).hidden
-    _same("hidden of a next token", later, torch.cat([mixer(probe[:1], out.state).hidden for out in alone]), tolerance)
+    _close("hidden of a next token", later, torch.cat([mixer(probe[:1], out.state).hidden for out in alone]), tolerance)
     return packed, alone
 
 
@@ -206,18 +208,18 @@ def padding(mixer: Mixer, x: Tensor, mask: Tensor, state: MixerState | None, tol
     out = mixer(x, state, padding_mask=mask)
     other = mixer(torch.where(mask[..., None], x, 1e6 * x.flip(1) + 1), state, padding_mask=mask)
     _equal("hidden with other padding", out.hidden, other.hidden)
-    _is(not out.hidden[~mask].any(), "the hidden of padding is not zero")
+    _require(not out.hidden[~mask].any(), "the hidden of padding is not zero")
     if out.routing is not None:
         _equal("scores with other padding", out.routing.scores, other.routing.scores)
         _equal("tokens stored with other padding", out.routing.stored, other.routing.stored)
-        _is(not out.routing.stored[~mask].any(), "padding is stored")
+        _require(not out.routing.stored[~mask].any(), "padding is stored")
     if state is not None:
         _length(out.state, (state.length + mask.sum(1)).tolist())
-        _same("hidden of a next token", *(mixer(x[:, :1], each.state).hidden for each in (out, other)), tolerance)
+        _close("hidden of a next token", *(mixer(x[:, :1], each.state).hidden for each in (out, other)), tolerance)
     for n in range(len(x)):
         before = None if state is None else state.select(torch.tensor([n], device=x.device))
         alone = mixer(x[n : n + 1, mask[n]], before)
-        _same("hidden of a row", out.hidden[n, mask[n]], alone.hidden[0], tolerance)
+        _close("hidden of a row", out.hidden[n, mask[n]], alone.hidden[0], tolerance)
         if alone.routing is not None:
             _equal("tokens stored of a row", out.routing.stored[n, mask[n]], alone.routing.stored[0])
     return out
@@ -230,17 +232,17 @@ def splitting(mixer: Mixer, x: Tensor, cuts: Sequence[int], tolerance: float) ->
         The output of the last part, and of all of it with a state.
     """
     whole, once, parts, state = mixer(x), mixer(x, mixer.init_state(len(x))), [], mixer.init_state(len(x))
-    _is(whole.state is None, "a state comes out where none went in")
-    _same("hidden with a state and without", once.hidden, whole.hidden, tolerance)
+    _require(whole.state is None, "a state comes out where none went in")
+    _close("hidden with a state and without", once.hidden, whole.hidden, tolerance)
     for start, stop in pairwise([0, *cuts, x.shape[1]]):
         parts.append(mixer(x[:, start:stop], state))
         state = parts[-1].state
-    _same("hidden", torch.cat([part.hidden for part in parts], 1), whole.hidden, tolerance)
+    _close("hidden", torch.cat([part.hidden for part in parts], 1), whole.hidden, tolerance)
     if whole.routing is not None:
         stored = [part.routing.stored for part in parts if part.routing is not None]  # None of no tokens
         _equal("tokens stored", torch.cat(stored, 1), whole.routing.stored)
     _length(state, [x.shape[1]] * len(x))
-    _same("hidden of a next token", *(mixer(x[:, :1], each).hidden for each in (state, once.state)), tolerance)
+    _close("hidden of a next token", *(mixer(x[:, :1], each).hidden for each in (state, once.state)), tolerance)
     return parts[-1], once
 
 
@@ -262,10 +264,10 @@ def resuming(
     one = mixer(torch.cat(pieces[::2], 1), mixer.init_state(len(lengths)), bounds(first))
     two = mixer(torch.cat(pieces[1::2], 1), one.state, bounds(second))
     parts = zip(one.hidden.split(list(first), 1), two.hidden.split(second, 1), strict=True)
-    _same("hidden", torch.cat([part for pair in parts for part in pair], 1), whole.hidden, tolerance)
+    _close("hidden", torch.cat([part for pair in parts for part in pair], 1), whole.hidden, tolerance)
     _length(two.state, list(lengths))
     probe = x[:, :1].expand(len(lengths), -1, -1)
-    _same("hidden of a next token", *(mixer(probe, each.state).hidden for each in (two, whole)), tolerance)
+    _close("hidden of a next token", *(mixer(probe, each.state).hidden for each in (two, whole)), tolerance)
     return two, whole
 
 
@@ -275,11 +277,11 @@ def states(mixer: Mixer, x: Tensor, tolerance: float) -> None:
     after = mixer(x[:, :3], state).hidden
     _equal("hidden after the same state was used before", mixer(x[:, :3], state).hidden, after)
     index = torch.arange(len(x), device=x.device).flip(0).repeat(2)
-    _same("hidden of sequences reordered", mixer(x[index, :3], state.select(index)).hidden, after[index], tolerance)
+    _close("hidden of sequences reordered", mixer(x[index, :3], state.select(index)).hidden, after[index], tolerance)
     file = io.BytesIO()
     torch.save(state.detach(), file)
     file.seek(0)
-    _same("hidden after loading", mixer(x[:, :3], torch.load(file)).hidden, after, tolerance)
+    _close("hidden after loading", mixer(x[:, :3], torch.load(file)).hidden, after, tolerance)
 
 
 def gradients(mixer: Mixer, x: Tensor, bounds: Tensor | None = None) -> None:
@@ -291,42 +293,42 @@ def gradients(mixer: Mixer, x: Tensor, bounds: Tensor | None = None) -> None:
     found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
     for name, gradient in zip(wanted, found, strict=True):
         hint = "; a router is trained by its `loss` or with `trained_by_gate`" if name.startswith("router.") else ""
-        _is(gradient is not None, f"none reaches {name}{hint}")
-        _is(bool(gradient.isfinite().all()), f"that of {name} is not finite")
-    _is(bool(out.hidden.isfinite().all() and loss.isfinite()), "hidden or the loss is not finite")
+        _require(gradient is not None, f"none reaches {name}{hint}")
+        _require(bool(gradient.isfinite().all()), f"that of {name} is not finite")
+    _require(bool(out.hidden.isfinite().all() and loss.isfinite()), "hidden or the loss is not finite")
 
 
 def round_trip(mixer: Mixer, other: Mixer, x: Tensor, tolerance: float) -> None:
     """`other`, built alike, does as the mixer does once it has loaded the mixer's state dict."""
     other.load_state_dict(mixer.state_dict())
     one, two = mixer.eval()(x), other.eval()(x)
-    _same("hidden", two.hidden, one.hidden, tolerance)
+    _close("hidden", two.hidden, one.hidden, tolerance)
     if one.routing is not None:
         _equal("tokens stored", two.routing.stored, one.routing.stored)
 
 
-def _is(holds: bool, otherwise: str) -> None:
+def _require(holds: bool, otherwise: str) -> None:
     if not holds:
         raise AssertionError(otherwise)
 
 
-def _same(what: str, one: Tensor, other: Tensor, tolerance: float) -> None:
-    _is(one.shape == other.shape, f"{what} is {tuple(one.shape)}, not {tuple(other.shape)}")
+def _close(what: str, one: Tensor, other: Tensor, tolerance: float) -> None:
+    _require(one.shape == other.shape, f"{what} is {tuple(one.shape)}, not {tuple(other.shape)}")
     if one.numel():
         one, other = one.detach().double(), other.detach().double()
         off = float((one - other).masked_fill(one == other, 0).abs().max())
         largest = float(other.masked_fill(other.isinf(), 0).abs().max())
-        _is(off <= tolerance * (1 + largest), f"{what} differs by {off:.2g}")
+        _require(off <= tolerance * (1 + largest), f"{what} differs by {off:.2g}")
 
 
 def _equal(what: str, one: Tensor, other: Tensor) -> None:
-    _is(one.shape == other.shape, f"{what}: {tuple(one.shape)}, not {tuple(other.shape)}")
+    _require(one.shape == other.shape, f"{what}: {tuple(one.shape)}, not {tuple(other.shape)}")
     wrong = int((one != other).sum())
-    _is(not wrong, f"{what} differ at {wrong} of {one.numel()} places")
+    _require(not wrong, f"{what} differ at {wrong} of {one.numel()} places")
 
 
 def _length(state: MixerState, expected: list[int]) -> None:
-    _is(state.length.tolist() == expected, f"the state's length is {state.length.tolist()}, not {expected}")
+    _require(state.length.tolist() == expected, f"the state's length is {state.length.tolist()}, not {expected}")
 
 
 def _name(part: Any) -> str:

@@ -15,7 +15,7 @@ class ShortConvolution(nn.Module):
     then finds its key at once, which a random start has to learn first.
     """
 
-    def __init__(self, channels: int, *, taps: int = 4) -> None:
+    def __init__(self, channels: int, *, taps: int) -> None:
         super().__init__()
         self.taps = taps
         weight = torch.zeros(taps, channels)
@@ -59,7 +59,7 @@ def _tails(layout: Layout, before: int) -> tuple[Tensor, Tensor, Tensor]:
     return place, fronts[:, None] + each, (fronts + layout.lengths)[:, None] + each
 
 
-def rotary(x: Tensor, position: Tensor, base: float = 10_000.0) -> Tensor:
+def rotary(x: Tensor, position: Tensor, base: float) -> Tensor:
     """Rotary position embedding (RoFormer, arXiv 2104.09864) of x (B, T, H, K), K even, at position (B or 1, T)."""
     half = x.shape[-1] // 2
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32

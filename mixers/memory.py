@@ -46,11 +46,6 @@ class MemoryRead:
     recurrent: Tensor
     conv: Tensor
 
-    @property
-    def write(self) -> Tensor:
-        """u (B, T, H, V) float32, of the delta rule: how far the prediction is off, times the write strength."""
-        return self.beta[..., None] * (self.v - self.prediction)
-
 
 class Memory(nn.Module):
     """Projections, short convolution and recurrence.
@@ -76,7 +71,7 @@ class Memory(nn.Module):
         num_value_heads: int | None,
         conv_size: int,
         rule: str,
-        backend: str = "auto",
+        backend: str,
     ) -> None:
         super().__init__()
         rule = {"gdn": "gated_delta_net"}.get(rule, rule)

@@ -16,8 +16,8 @@ def quantiles(x: Tensor) -> Tensor:
     return torch.lerp(x[:, low], x[:, high], (place % (LEVELS - 1)).to(x.dtype) / (LEVELS - 1))
 
 
-def read(table: Tensor, above: float) -> Tensor:
-    """The value (groups,) that a share `above` of what a table (groups, LEVELS) was made of lies above."""
-    place = (1 - above) * (LEVELS - 1)
+def value_above(table: Tensor, share: float) -> Tensor:
+    """The value (groups,) that a `share` of what a table (groups, LEVELS) was made of lies above."""
+    place = (1 - share) * (LEVELS - 1)
     low = min(int(place), LEVELS - 2)
     return torch.lerp(table[:, low], table[:, low + 1], place - low)

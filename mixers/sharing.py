@@ -36,10 +36,10 @@ def share_threshold(model: nn.Module) -> None:
         mixer.layer_index = index
     shared: dict[tuple, Threshold] = {}
     for mixer in routing_mixers(model):
-        own = mixer.threshold
-        if own.scope == "model":
-            mixer.threshold = shared.setdefault((_options(own), _options(mixer.router)), own)
-            mixer.threshold.shared |= mixer.threshold is not own
+        threshold = mixer.threshold
+        if threshold.scope == "model":
+            mixer.threshold = shared.setdefault((_options(threshold), _options(mixer.router)), threshold)
+            mixer.threshold.shared |= mixer.threshold is not threshold
 
 
 def _options(part: nn.Module) -> tuple:

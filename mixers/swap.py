@@ -78,7 +78,7 @@ def swap_mixers(
     same function: a mixer has more than these, so train what comes out. In decoders the mixer reads forwards, in
     encoders both ways; the direction is never guessed (see `causal`). Decoders read documents that are packed in a row
     alone: told by positions that start again, cu_seq_lens, seq_idx or a block-diagonal mask. What else a call asks for
-    and a mixer cannot do is a ValueError. HAM layers share one KV budget; usage is relative to the query heads, and the
+    and a mixer cannot do is a ValueError. HAM layers share one threshold; usage is relative to the query heads, and the
     report says what it is of the host's own cache. Add `aux_loss(model)` to the loss if the router has one.
 
     Args:
@@ -119,18 +119,18 @@ def swap_mixers(
         like = next(module.parameters())
         built.to(device=like.device, dtype=like.dtype).train(module.training)
         new = wrapper(built, module)
-        cache = _cache(info, built) if reads(new) == InDecoder.reads else ""
+        cache = _cache_report(info, built) if reads(new) == InDecoder.reads else ""
         swap = Swap(name, type(module).__name__, weights, info.biases, reads(new), cache, info.fused)
         made.append((name, new, swap))
     for name, new, _ in made:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
     share_threshold(model)
-    _remember(model, {"mixer": spec | options, "where": where, "layers": layers, "causal": causal})
+    _note_in_config(model, {"mixer": spec | options, "where": where, "layers": layers, "causal": causal})
     return SwapReport(swap for *_, swap in made)
 
 
-def _cache(info: AttentionInfo, mixer: Mixer) -> str:
+def _cache_report(info: AttentionInfo, mixer: Mixer) -> str:
     """What a mixer keeps of a sequence, against what the host keeps in as many bytes for a number."""
     try:
         state = mixer.init_state(1)
@@ -180,7 +180,7 @@ def _choose(model: nn.Module, where: str, layers: list[int] | None) -> list[tupl
     return [known[i] for i in sorted({layer % len(known) for layer in layers})]
 
 
-def _remember(model: nn.Module, swap: dict[str, Any]) -> None:
+def _note_in_config(model: nn.Module, swap: dict[str, Any]) -> None:
     """A Hugging Face config takes a note of the swap, by which `mixers.hf.swapped` builds the model again.
 
     The note goes into a copy, as other models may have been built from the same config.

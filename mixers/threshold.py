@@ -1,6 +1,6 @@
 """How many tokens are stored: one number tau for a scope, and the usage it is to give.
 
-A threshold may be that of the whole model (heads and layers compete for one budget), of a layer, or of each head. It
+A threshold may be that of the whole model (all its heads compete for one KV usage), of a layer, or of each head. It
 keeps a table of quantiles of the scores seen in training, so that the KV usage can be set to anything afterwards.
 """
 
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from kernels.sequences import Layout
-from mixers.quantiles import LEVELS, quantiles, read
+from mixers.quantiles import LEVELS, quantiles, value_above
 from mixers.registry import SpecError, check_range, unknown
 
 SAMPLE = 8192  # tokens of a step that a layer's quantiles are taken from
-BOUND = 1e38  # what infinite scores count as
+LARGEST = 1e38  # what infinite scores count as
 CHECK_EVERY = 64  # steps; looking at the scores makes a GPU wait
 SCOPES = ("model", "layer", "head")
 
@@ -117,17 +117,20 @@ class Threshold(nn.Module):
         if self.averaging and self.follows_usage:
             return self.quantile(self.kv_usage)
         if self.training if training is None else training:
-            return self.between()
+            return self.finite_tau()
         with self._step_counted():
             if not (self._checked or torch.compiler.is_compiling()):
                 self._checked = True  # once: reading the counter makes a GPU wait
                 if self.steps == 0:
                     message = "the KV threshold has seen no training step: its usage is not what was asked"
                     warnings.warn(message, stacklevel=2)
-            return self.between()
+            return self.finite_tau()
 
-    def between(self) -> Tensor:
-        """The threshold at a usage strictly between 0 and 1."""
+    def finite_tau(self) -> Tensor:
+        """The threshold (H,) or (1,) float32 at a KV usage strictly between 0 and 1, where it is neither inf nor -inf.
+
+        What a subclass writes; `tau` is what callers ask.
+        """
         raise NotImplementedError
 
     def tau_per_sequence(self, layout: Layout) -> Tensor:
@@ -149,7 +152,7 @@ class Threshold(nn.Module):
 
     def quantile(self, kv_usage: float) -> Tensor:
         """The score that a share `kv_usage` of the scores seen lies above, (groups,)."""
-        return read(self.table, kv_usage)
+        return value_above(self.table, kv_usage)
 
     @torch.no_grad()
     def observe(self, layer: int, scores: Tensor) -> None:
@@ -179,10 +182,10 @@ class Threshold(nn.Module):
         scores = list(self._pending.values())
         self._pending, self._counted = {}, None
         grouped = torch.cat(scores).T if self.scope == "head" else torch.cat([s.flatten() for s in scores])[None]
-        finite = grouped.nan_to_num(0.0, BOUND, -BOUND)
+        finite = grouped.nan_to_num(0.0, LARGEST, -LARGEST)
         table = quantiles(finite)
         if self.router and not torch.compiler.is_compiling():
-            self._check(grouped, table)
+            self._warn_of_ties(grouped, table)
         table = mean_over_ranks(table)
         weight = 1 / (self.steps + 1).to(self.table)  # a tensor: reading it would make a GPU wait
         if not self.averaging:
@@ -192,7 +195,7 @@ class Threshold(nn.Module):
         if not self.averaging:
             self.adjust(finite)
 
-    def _check(self, scores: Tensor, table: Tensor) -> None:
+    def _warn_of_ties(self, scores: Tensor, table: Tensor) -> None:
         """Warn, once, of scores (groups, n) too many of which are equal, or NaN, to store the usage asked for."""
         usage, self._closed = self.kv_usage, self._closed + 1
         if self._warned or self._closed % CHECK_EVERY != 1:
@@ -202,7 +205,7 @@ class Threshold(nn.Module):
         elif scores.shape[1] * min(usage, 1 - usage) < 8:  # too few to tell
             return
         else:
-            stored = float((scores > read(table, usage)[:, None]).float().mean())
+            stored = float((scores > value_above(table, usage)[:, None]).float().mean())
             if usage / 2 <= stored <= (1 + usage) / 2:
                 return
             what = f"gives too many tokens the same score: the KV usage {usage:g} becomes {stored:.2g}"
@@ -212,7 +215,7 @@ class Threshold(nn.Module):
     def adjust(self, scores: Tensor) -> None:
         """Move what the kind of threshold moves, given the step's scores (groups, n)."""
 
-    def gap(self, scores: Tensor, tau: Tensor) -> Tensor:
+    def usage_gap(self, scores: Tensor, tau: Tensor) -> Tensor:
         """Usage of scores (groups, n) at tau less the usage asked for, over all ranks; (groups,)."""
         return mean_over_ranks((scores > tau[:, None]).float().mean(1)) - self.kv_usage
 
@@ -224,7 +227,7 @@ class Threshold(nn.Module):
 class Calibrated(Threshold):
     """Read tau from the table: holds the usage as the scores drift, at any usage, without a loss of its own."""
 
-    def between(self) -> Tensor:
+    def finite_tau(self) -> Tensor:
         return self.quantile(self.kv_usage)
 
 
@@ -246,12 +249,12 @@ class Controlled(Threshold):
         self.rate, self.freeze_after = rate, freeze_after
         self.register_buffer("current", torch.full_like(self.table[:, 0], start))
 
-    def between(self) -> Tensor:
+    def finite_tau(self) -> Tensor:
         return self.current
 
     def adjust(self, scores: Tensor) -> None:
         if not self.freeze_after or self.steps <= self.freeze_after:
-            self.current += self.rate * self.gap(scores, self.current)
+            self.current += self.rate * self.usage_gap(scores, self.current)
 
     def set_usage(self, kv_usage: float) -> None:
         super().set_usage(kv_usage)
@@ -275,7 +278,7 @@ class Fixed(Threshold):
         self.fixed = tau
         self._checked = True  # it needs no training
 
-    def between(self) -> Tensor:
+    def finite_tau(self) -> Tensor:
         return torch.full_like(self.table[:, 0], self.fixed)
 
     def set_usage(self, kv_usage: float) -> None:
@@ -306,7 +309,7 @@ class Learned(Threshold):
         self.current = nn.Parameter(torch.full_like(self.table[:, 0], start))
         self.current._no_weight_decay = True
 
-    def between(self) -> Tensor:
+    def finite_tau(self) -> Tensor:
         return self.current
 
     def loss(self, scores: Tensor) -> Tensor | None:

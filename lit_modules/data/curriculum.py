@@ -9,12 +9,12 @@ class Curriculum(pl.Callback):
     """Steps through ``stages`` as the model learns; checkpoints carry where it stands.
 
     A stage ends when the accuracy on a training batch (``training_step`` returns it) passes ``advance_at``, or when its
-    share of the step budget is used up: the steps that were left when the stage began, divided by the stages that were
-    left. The last stage keeps what remains.
+    share of the steps is used up: those that were left when the stage began, divided by the stages that were left. The
+    last stage keeps what remains.
 
     Args:
         stages: the level of each stage, one or more.
-        advance_at: accuracy in 0..1; from 1 on only the budget ends a stage.
+        advance_at: accuracy in 0..1; from 1 on only the steps end a stage.
     """
 
     def __init__(self, stages: list[int], *, advance_at: float):

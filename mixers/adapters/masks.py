@@ -59,8 +59,8 @@ def read_mask(mask: Any, x: Tensor, causal: bool) -> tuple[Tensor | None, Tensor
         if before:
             expected = expected & seen.any(1)[:, None]  # of the keys in a cache, none shows to be real but by this
         else:
-            last, there = _previous(real)
-            begins = real & there & ~sees.gather(2, last[..., None])[..., 0]
+            last, has_previous = _previous(real)
+            begins = real & has_previous & ~sees.gather(2, last[..., None])[..., 0]
             document = begins.cumsum(1)
             expected = expected & real[:, None] & (document[:, :, None] == document[:, None])
     if not torch.equal(seen, expected):
@@ -102,8 +102,8 @@ def beginnings(x: Tensor, real: Tensor | None, begins: Tensor | None = None, **t
             new = ids.diff(dim=1) != 1
         else:
             ids = ids.expand(B, T)
-            last, there = _previous(real)
-            new = (real & there & (ids <= ids.gather(1, last)))[:, 1:]
+            last, has_previous = _previous(real)
+            new = (real & has_previous & (ids <= ids.gather(1, last)))[:, 1:]
         found.append(F.pad(new, (1, 0)).expand(B, T))
     bounds = [b for b in (told.get("cu_seq_lens_q"), told.get("cu_seq_lens_k")) if b is not None]
     if bounds:

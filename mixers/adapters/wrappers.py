@@ -63,8 +63,8 @@ class Wrapper(nn.Module):
         two = torch.cat([x, x.flip(1)])
         if padding_mask is not None:
             padding_mask = torch.cat([padding_mask, padding_mask.flip(1)])
-        there, back = self.note(self.mixer(two, padding_mask=padding_mask)).chunk(2)
-        return (there + back.flip(1)) / 2
+        forwards, backwards = self.note(self.mixer(two, padding_mask=padding_mask)).chunk(2)
+        return (forwards + backwards.flip(1)) / 2
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)

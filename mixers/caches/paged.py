@@ -33,9 +33,9 @@ class Recent:
         k, v = torch.cat([self.k, k.to(self.k.dtype)], 1), torch.cat([self.v, v.to(self.v.dtype)], 1)
         seen = torch.cat([self.seen, seen], 1)
         place = torch.arange(-min(size, k.shape[1]), 0, device=new.device) + (self.k.shape[1] + new)[:, None]  # (N, W)
-        row, there = torch.arange(len(new), device=new.device)[:, None], place >= 0
+        row, exists = torch.arange(len(new), device=new.device)[:, None], place >= 0
         place = place.clamp(min=0)
-        return Recent(k[row, place], v[row, place], seen[row, place] & there[..., None])
+        return Recent(k[row, place], v[row, place], seen[row, place] & exists[..., None])
 
 
 @dataclass
@@ -160,8 +160,8 @@ class KVCache:
             recent = [x.transpose(1, 2).flatten(0, 1) for x in vars(self.recent).values()]  # (R, W, ...)
         parts = []
         for rows in order.split(like_sizes(counts.tolist())):
-            keys, values, there = self.pages.rows(rows)
-            held = [(keys.to(q.dtype), values.to(q.dtype), there)]
+            keys, values, exists = self.pages.rows(rows)
+            held = [(keys.to(q.dtype), values.to(q.dtype), exists)]
             if recent is not None:
                 held.append(tuple(x[rows].to(x.dtype if x.dtype == torch.bool else q.dtype) for x in recent))
             new = k[rows], v[rows], stored[rows], real[rows]
@@ -187,7 +187,7 @@ def attend_new(
 
 
 def _over(q: Tensor, held: list[tuple[Tensor, ...]], new: tuple[Tensor, ...], scale: float, window: int) -> Tensor:
-    """Rows q (r, groups, T, K) over what they hold: (k, v, there) of the pages and perhaps of recent tokens; and over
+    """Rows q (r, groups, T, K) over what they hold: (k, v, exists) of the pages and perhaps of recent tokens; and over
     new tokens (k, v, stored, real). A block of queries at a time, so that memory is bounded."""
     k, v, stored, real = new
     keys, values = (torch.cat([*(part[i] for part in held), x], 1) for i, x in enumerate((k, v)))

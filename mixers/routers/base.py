@@ -154,11 +154,11 @@ class Router(nn.Module):
         return 0
 
 
-def _where(there: Tensor, new: RouterState, old: RouterState) -> RouterState:
-    """`new` of the sequences that are `there` (N,), `old` of the others."""
+def _where(continues: Tensor, new: RouterState, old: RouterState) -> RouterState:
+    """`new` of the sequences that `continues` (N,) says go on, `old` of the others."""
     if isinstance(new, dict):
-        return {name: _where(there, new[name], old[name]) for name in new}
-    return torch.where(there.view(-1, *[1] * (new.ndim - 1)), new, old)
+        return {name: _where(continues, new[name], old[name]) for name in new}
+    return torch.where(continues.view(-1, *[1] * (new.ndim - 1)), new, old)
 
 
 def draws(seed: int, layer: int, num_heads: int, positions: Tensor) -> Tensor:

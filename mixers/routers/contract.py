@@ -10,7 +10,7 @@ from kernels.sequences import Layout
 from mixers.registry import SpecError
 from mixers.routers.base import Router, RouterInputs, RouterState
 
-SAME = 0.02  # of the largest score: what bfloat16 may change is less, what another call may change is more
+TOLERANCE = 0.02  # of the largest score: what bfloat16 may change is less, what another call may change is more
 
 
 def name_of(part: Any) -> str:
@@ -31,9 +31,9 @@ def score(router: Router, inputs: RouterInputs) -> tuple[Tensor, RouterState | N
         raise _wrong(router, f"must give a tensor of scores {shape} (B, T, H), not {_described(scores)}{hint}")
     if tuple(scores.shape) != shape or not scores.is_floating_point():
         raise _wrong(router, f"must give floating-point scores {shape} (B, T, H), not {_described(scores)}")
-    if _layout(state) != _layout(inputs.state):
+    if _structure(state) != _structure(inputs.state):
         raise _wrong(
-            router, f"must give a state like that of init_state, {_layout(inputs.state)}, not {_layout(state)}"
+            router, f"must give a state like that of init_state, {_structure(inputs.state)}, not {_structure(state)}"
         )
     return scores, state
 
@@ -76,11 +76,11 @@ def _examine(router: Router, inputs: RouterInputs) -> None:
         again, _ = score(router, inputs)
         if _differ(again, whole, largest):
             raise _wrong(router, "scores the same tokens differently each time; mixers.routers.base.draws does not")
-        off = _off(first, whole[:, : T // 2])
+        off = _largest_difference(first, whole[:, : T // 2])
         raise _wrong(router, f"looks at later tokens: without them the scores of earlier ones differ by {off:.2g}")
     if _differ(second, whole[:, T // 2 :], largest):
         what = "remembers tokens of the same call alone" if state is None else "does not go on from its state"
-        off = _off(second, whole[:, T // 2 :])
+        off = _largest_difference(second, whole[:, T // 2 :])
         raise _wrong(router, f"{what}: after another call the same tokens' scores differ by {off:.2g}; see init_state")
 
 
@@ -92,18 +92,18 @@ def _part(inputs: RouterInputs, start: int, stop: int) -> RouterInputs:
     return replace(inputs, **parts, layout=Layout.of(bounds, parts["x"]))
 
 
-def _off(one: Tensor, other: Tensor) -> float:
+def _largest_difference(one: Tensor, other: Tensor) -> float:
     """The largest difference; equal infinities do not differ."""
     return float((one.float() - other.float()).masked_fill(one == other, 0).abs().max())
 
 
 def _differ(one: Tensor, other: Tensor, largest: Tensor) -> bool:
-    return not _off(one, other) <= SAME * float(largest)
+    return not _largest_difference(one, other) <= TOLERANCE * float(largest)
 
 
-def _layout(state: Any) -> Any:
+def _structure(state: Any) -> Any:
     if isinstance(state, dict):
-        return {name: _layout(x) for name, x in state.items()}
+        return {name: _structure(x) for name, x in state.items()}
     return _described(state)
 
 

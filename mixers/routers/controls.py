@@ -26,7 +26,7 @@ class Random(Router):
 
 
 class Static(Random):
-    """Whole heads, a layer after the other, the first head of a layer first; where the budget ends within a head, a
+    """Whole heads, a layer after the other, the first head of a layer first; where the KV usage ends within a head, a
     random part of it.
 
     With a threshold for the whole model, usage 1 / 4 of a model of four heads gives one head everything.

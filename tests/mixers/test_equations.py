@@ -129,7 +129,7 @@ def test_rotary_positions_are_relative():
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
 
     def product(i, j):
-        return (rotary(q, torch.tensor([[i]])) * rotary(k, torch.tensor([[j]]))).sum()
+        return (rotary(q, torch.tensor([[i]]), 1e4) * rotary(k, torch.tensor([[j]]), 1e4)).sum()
 
     assert_close(product(7, 3), product(1004, 1000), rtol=0, atol=1e-12)
     assert (product(7, 3) - product(7, 4)).abs() > 1e-3

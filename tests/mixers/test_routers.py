@@ -91,9 +91,10 @@ class TestResidual:
         mixer = make_ham(router="residual").double()
         x = torch.randn(1, 9, 12, dtype=torch.float64)
         memory = mixer.memory(x, None, None, Layout.of(None, x))
+        u = memory.beta[..., None] * (memory.v - memory.prediction)
         for h in range(2):
             write = torch.zeros(1, 9, 8, dtype=torch.float64)
-            write[..., 4 * h : 4 * h + 4] = memory.write[:, :, h]
+            write[..., 4 * h : 4 * h + 4] = u[:, :, h]
             golden = mixer.out(write).norm(dim=-1).float()
             assert_close(mixer(x).routing.scores[..., h], golden, rtol=0, atol=1e-6)
 

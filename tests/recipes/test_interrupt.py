@@ -7,7 +7,7 @@ import torch
 
 import lit_modules.callbacks
 from lit_modules.callbacks import RNGState
-from mixers.allocation import sharing
+from mixers.allocation import allocatable_mixers
 
 
 def interrupt(*_, **__):
@@ -78,7 +78,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
 @pytest.mark.parametrize("end", ["calibrate", "allocate"])
 def test_a_stop_while_the_budget_is_fitted_is_made_good(run, here, tiny, monkeypatch, end):
     def allocate(model, batches, loss, **options):
-        for mixer in sharing(model):
+        for mixer in allocatable_mixers(model):
             mixer.head_bias += 0.1  # so that to do it twice is not to do it once
 
     monkeypatch.setattr(lit_modules.callbacks, "allocate", allocate)
