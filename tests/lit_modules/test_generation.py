@@ -5,7 +5,7 @@ from itertools import islice, pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -56,6 +56,7 @@ def by_reading_again(decoder, prompt, num_tokens):
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
+@settings(max_examples=4)
 @given(
     lengths=st.lists(st.integers(1, 90), min_size=1, max_size=3),
     prefill=st.sampled_from([1, 7, 64, 2048]),
@@ -82,6 +83,7 @@ def test_logits_are_those_of_the_full_forward(decoders, mixer):
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
+@settings(max_examples=8)
 @given(data=st.data())
 @torch.no_grad()
 def test_any_batch_of_padded_prompts_in_any_parts_gives_the_logits_of_each_alone(decoders, mixer, data):

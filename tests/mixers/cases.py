@@ -1,4 +1,4 @@
-"""Every registered mixer at its defaults, and HAM in all its forms, small: what the property tests run over."""
+"""Every registered mixer at its defaults, and HAM with every router and option: what the property tests run over."""
 
 from functools import cache
 
@@ -16,17 +16,13 @@ DIM = 12
 SMALL = {"num_heads": 2, "head_dim": 4}
 HAMS = {
     **{f"ham {router}": {"router": router} for router in list_routers()},
-    "ham residual value": {"router": {"name": "residual", "space": "value"}},
-    "ham learned error": {"router": {"name": "learned", "form": "error"}},
+    "ham sum": {"combine": "sum", "scope": "layer", "router": {"name": "residual", "space": "value"}},
+    "ham controlled": {"threshold": "controlled", "scope": "head", "router": {"name": "learned", "form": "error"}},
     "ham window": {"router": {"name": "recency", "window": 3}},
-    "ham sum": {"combine": "sum"},
     "ham delta_net": {"rule": "delta_net"},
     "ham linear_attention": {"rule": "linear_attention", "router": "cosine"},
     "ham grouped": {"num_value_heads": 4, "value_dim": 3, "conv_size": 2},
     "ham bounded": {"max_tokens": 4},
-    "ham layer": {"scope": "layer"},
-    "ham head": {"scope": "head"},
-    "ham controlled": {"threshold": "controlled"},
     "ham fixed": {"threshold": {"name": "fixed", "tau": 0.9}, "router": "cosine"},
     "ham learned threshold": {"threshold": "learned", "scope": "head"},
 }
@@ -35,8 +31,7 @@ CASES = {
     **{case: {"name": "ham", **SMALL, **options} for case, options in HAMS.items()},
     "gdn grouped": {"name": "gdn", **SMALL, "num_value_heads": 4, "value_dim": 3, "conv_size": 2},
     "attention window": {"name": "attention", **SMALL, "window": 4},
-    "attention grouped": {"name": "attention", **SMALL, "num_heads": 4, "num_kv_heads": 2},
-    "attention conv": {"name": "attention", **SMALL, "conv_size": 3, "rope": False},
+    "attention grouped": {"name": "attention", **SMALL, "num_heads": 4, "num_kv_heads": 2, "rope": False},
     "attention all": {"name": "attention", **SMALL, "num_heads": 4, "num_kv_heads": 1, "window": 5, "conv_size": 4},
 }
 every_case = pytest.mark.parametrize("case", CASES)

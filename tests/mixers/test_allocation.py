@@ -35,8 +35,9 @@ def misses(model, layer, head=slice(None)):
     return loss
 
 
-@pytest.mark.parametrize("router", ["residual", "cosine", "demand", "random", {"name": "learned", "form": "error"}])
-@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize(
+    ("router", "layer"), [("residual", 0), ("cosine", 1), ({"name": "learned", "form": "error"}, 1)], ids=str
+)
 def test_the_layer_that_matters_gets_the_budget(router, layer):
     model = make(router=router, kv_usage=0.25)
     before, after = allocate(model, batches(2), misses(model, layer), kv_usages=[0.125, 0.25])

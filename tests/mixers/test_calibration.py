@@ -26,9 +26,20 @@ def usage(model, tokens):
     return torch.stack([r.usage for r in model.eval()(tokens).routing])
 
 
-@pytest.mark.parametrize("scope", ["model", "layer", "head"])
-@pytest.mark.parametrize("threshold", ["calibrated", "controlled", "learned"])
-@pytest.mark.parametrize("router", ["cosine", "residual", "learned", {"name": "learned", "form": "error"}, "demand"])
+@pytest.mark.parametrize(
+    ("router", "threshold", "scope"),
+    [
+        ("cosine", "calibrated", "model"),
+        ("residual", "calibrated", "layer"),
+        ("learned", "calibrated", "head"),
+        ("demand", "calibrated", "model"),
+        ({"name": "learned", "form": "error"}, "controlled", "model"),
+        ("cosine", "controlled", "head"),
+        ("residual", "learned", "model"),
+        ("demand", "learned", "layer"),
+    ],
+    ids=str,
+)
 def test_the_usage_is_held_over_the_scope_at_any_asked_usage(router, threshold, scope):
     model = make(router=router, threshold=threshold, scope=scope)
     for asked in (0.25, 0.0625, 0.6):

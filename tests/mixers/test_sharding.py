@@ -1,4 +1,4 @@
-"""FSDP2 on two processes does what one process does, with the Triton operators in the middle."""
+"""Two processes agree on a threshold, and FSDP2 does what one process does, with the Triton operators in the middle."""
 
 import torch
 import torch.multiprocessing as mp
@@ -7,6 +7,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 
 from mixers import Decoder
+from mixers.registry import THRESHOLDS
 
 
 def make():
@@ -26,29 +27,40 @@ def step(model, batch):
     optimizer.step()
 
 
-def run_rank(rank, file, results):
+def taus(rank):
+    """Of a calibrated and a controlled threshold, after scores that are all 0 on rank 0 and all 1 on rank 1."""
+    controlled = {"name": "controlled", "rate": 1.0, "start": 0.5}
+    for spec, usage in (("calibrated", 0.5), (controlled, 0.25)):
+        threshold = THRESHOLDS.build(spec, 1, kv_usage=usage)
+        threshold.observe(0, torch.full((1, 10, 1), float(rank)))
+        threshold.close_step()
+        yield threshold.tau().item()
+
+
+def run_rank(rank, folder):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    found = {"taus": list(taus(rank))}
     mesh = init_device_mesh("cpu", (2,))
     model = make()
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     step(model, tokens()[2 * rank : 2 * rank + 2])
-    full = {name: p.full_tensor().detach().numpy() for name, p in model.named_parameters()}
-    if rank == 0:
-        results.update(full)
+    found["weights"] = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+    torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_do_as_one(tmp_path):
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.start_processes(run_rank, (tmp_path / "meeting", results), nprocs=2, start_method="fork")
-        sharded = dict(results)
+    """In new processes: one that is forked after torch was used may hang."""
+    mp.spawn(run_rank, (tmp_path,), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert [one["taus"] for one in found] == [[0.5, 0.75]] * 2  # tau lies between; half of all tokens are stored
     model = make()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     step(model, tokens())
     for name, p in model.named_parameters():
-        assert_close(torch.from_numpy(sharded[name]), p.detach(), rtol=0, atol=1e-5)
+        for one in found:
+            assert_close(one["weights"][name], p.detach(), rtol=0, atol=1e-5)
     assert any((p.detach() - before[name]).abs().max() > 1e-3 for name, p in model.named_parameters())

@@ -13,17 +13,6 @@ from tests.mixers.cases import CASES, DIM, SMALL, every_case, every_ham, made, m
 
 
 @every_case
-def test_state_follows_functions_over_its_tensors(case):
-    mixer = made(case)
-    state = mixer(tokens(0, 2, 9).requires_grad_(), mixer.init_state(2)).state
-    assert any(x.requires_grad for x in tensors_of(state).values())
-    detached = state.detach()
-    assert not any(x.requires_grad for x in tensors_of(detached).values())
-    one, other = (mixer(tokens(1, 2, 3), s).hidden for s in (state, detached))
-    assert torch.equal(one, other)
-
-
-@every_case
 def test_sequences_of_a_state_are_selected_and_repeated(case):
     """As beam search does, with caches of different sizes, and with two ways on from one state."""
     mixer, index = made(case), torch.tensor([2, 0, 0])
@@ -38,22 +27,20 @@ def test_sequences_of_a_state_are_selected_and_repeated(case):
 
 
 @every_case
-def test_a_call_leaves_its_state_as_it_was(case):
-    mixer = made(case)
-    state = mixer(tokens(0, 2, 9), mixer.init_state(2)).state
-    before = {name: x.clone() for name, x in tensors_of(state).items()}
-    mixer(tokens(1, 2, 3), state)
-    for name, value in tensors_of(state).items():
-        assert torch.equal(value, before[name])
-
-
-@every_case
-def test_a_state_is_saved_and_loaded(case, tmp_path):
+def test_a_state_is_left_as_it_was_detached_saved_and_loaded(case, tmp_path):
     mixer, x = made(case), tokens(1, 2, 3)
-    state = mixer(tokens(0, 2, 9), mixer.init_state(2)).state.detach()
-    torch.save([state, None], tmp_path / "state.pt")
-    again, _ = torch.load(tmp_path / "state.pt")
-    assert torch.equal(mixer(x, again).hidden, mixer(x, state).hidden)
+    state = mixer(tokens(0, 2, 9).requires_grad_(), mixer.init_state(2)).state
+    before = {name: value.detach().clone() for name, value in tensors_of(state).items()}
+    expected = mixer(x, state).hidden
+    for name, value in tensors_of(state).items():
+        assert torch.equal(value, before[name]), name
+    assert any(value.requires_grad for value in tensors_of(state).values())
+    detached = state.detach()
+    assert not any(value.requires_grad for value in tensors_of(detached).values())
+    torch.save([detached, None], tmp_path / "state.pt")
+    loaded, _ = torch.load(tmp_path / "state.pt")
+    for each in (detached, loaded):
+        assert torch.equal(mixer(x, each).hidden, expected)
 
 
 @every_case
@@ -67,21 +54,6 @@ def test_a_bfloat16_model_keeps_its_memory_in_float32(case):
         assert {x.dtype for x in (out.routing.scores, out.routing.tau, out.routing.g)} == {torch.float32}
     for cache in out.state.caches:
         assert getattr(cache, "pages", cache).k.dtype == torch.bfloat16
-
-
-@every_case
-def test_autocast(case):
-    """Matrix products of the projections in bfloat16; memory, scores and threshold in float32."""
-    mixer = make(case, torch.float32).train()
-    x = tokens(0, 2, 20, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = mixer(x, mixer.init_state(2))
-    (out.hidden.float().sum() + (0 if out.aux_loss is None else out.aux_loss)).backward()
-    assert all(weight.grad.isfinite().all() for weight in mixer.parameters() if weight.grad is not None)
-    if isinstance(out.state, RecurrentState):
-        assert out.state.recurrent.dtype == torch.float32
-    if out.routing is not None:
-        assert {x.dtype for x in (out.routing.scores, out.routing.tau, out.routing.g)} == {torch.float32}
 
 
 @every_case
@@ -127,24 +99,21 @@ def test_a_long_prompt_takes_the_share_of_bytes_that_is_stored():
         assert kv_cache_bytes(out.state) <= (0.125 + 3 * PAGE / T) * full_kv_bytes(out.state)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_arguments_that_do_not_fit():
+    """The base of all mixers says so."""
+    wrong = [
         ({"cu_seqlens": torch.tensor([0, 4, 8])}, "cu_seqlens needs a batch of one packed row, got 2 rows"),
         ({"padding_mask": torch.ones(2, 7, dtype=torch.bool)}, r"padding_mask must be bool \(2, 8\)"),
         ({"padding_mask": torch.ones(2, 8)}, r"padding_mask must be bool \(2, 8\) .*, got torch.float32"),
         ({"state": 3}, "the state is of 3 sequences, the input of 2"),
         ({"x": torch.zeros(2, 8, DIM + 1, dtype=torch.float64)}, rf"x must be \(B, T, {DIM}\), got \(2, 8, 13\)"),
         ({"x": torch.zeros(8, DIM, dtype=torch.float64)}, r"x must be \(B, T, 12\), got \(8, 12\)"),
-    ],
-)
-def test_arguments_that_do_not_fit(options, message):
-    """The base of all mixers says so."""
-    for case in ("attention", "gated_delta_net", "ham"):
-        mixer = made(case)
-        given = options | ({"state": mixer.init_state(options["state"])} if "state" in options else {})
-        with pytest.raises(ValueError, match=message):
-            mixer(**{"x": tokens(0, 2, 8)} | given)
+    ]
+    for options, message in wrong:
+        for mixer in map(made, ("attention", "gated_delta_net", "ham")):
+            given = options | ({"state": mixer.init_state(options["state"])} if "state" in options else {})
+            with pytest.raises(ValueError, match=message):
+                mixer(**{"x": tokens(0, 2, 8)} | given)
 
 
 def test_a_state_of_another_mixer():

@@ -19,8 +19,10 @@ every_decoder = pytest.mark.parametrize("host", DECODERS)
 
 
 class TestDecoders:
-    @every_decoder
-    @pytest.mark.parametrize("layers", [None, [0, 2], [1, -1]])
+    @pytest.mark.parametrize(
+        ("host", "layers"),
+        [*((host, None) for host in DECODERS), *((host, [1, -1]) for host in DECODERS), ("llama", [0, 2])],
+    )
     @torch.no_grad()
     def test_the_cache_gives_what_reading_everything_again_gives(self, host, layers):
         """Also with attention left in some layers, the first or others."""
@@ -32,9 +34,10 @@ class TestDecoders:
         assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-9)
 
     @pytest.mark.parametrize(
-        ("host", "mixer"), [*((host, "ham") for host in DECODERS), *(("llama", m) for m in MIXERS)]
-    )
-    @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+        ("host", "mixer", "attention"),
+        [*((host, "ham", "sdpa") for host in DECODERS), *(("llama", m, "eager") for m in MIXERS),
+         ("gpt2", "ham", "eager"), ("gemma3", "ham", "eager")],
+    )  # fmt: skip
     @torch.no_grad()
     def test_padding_on_either_side_does_not_matter(self, host, mixer, attention):
         """However it is numbered: none of these positions is taken for the beginning of a document."""
@@ -51,8 +54,11 @@ class TestDecoders:
                 assert_close(out[0, real], model(x[:1, real]).logits[0], rtol=1e-9, atol=1e-9)
                 assert_close(out[1], model(x[1:]).logits[0], rtol=1e-9, atol=1e-9)
 
-    @every_decoder
-    @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+    @pytest.mark.parametrize(
+        ("host", "how"),
+        [*((host, {"num_beams": 3}) for host in DECODERS), ("llama", {}), ("gemma3", {}),
+         ("llama", {"num_beams": 2, "num_return_sequences": 2})],
+    )  # fmt: skip
     def test_generate_with_a_cache_is_generate_without(self, host, how):
         """Greedy and beams, over prompts padded on the left; beams reorder caches of different sizes."""
         model, x = decoder(host, layers=[0, 2, 3]), tokens(2, 7)

@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
@@ -103,8 +102,9 @@ class TestCalibrated:
 class TestUsageAsked:
     """In training a step is stored at the table of those before; one that has seen the data holds the usage asked."""
 
-    @pytest.mark.parametrize("scope", module.SCOPES)
-    @pytest.mark.parametrize("router", list(ROUTERS))
+    @pytest.mark.parametrize(
+        ("router", "scope"), [*((router, "model") for router in ROUTERS), ("cosine", "layer"), ("residual", "head")]
+    )
     def test_calibrated(self, router, scope):
         model = make(router=ROUTERS[router], scope=scope, kv_usage=0.25)
         tokens = draw(B=64)
@@ -288,22 +288,3 @@ class TestInterface:
     def test_a_model_without_routing_has_no_usage_to_set(self):
         with pytest.raises(SpecError, match="the model has no KV usage to set"):
             set_kv_usage(Decoder(VOCABULARY, dim=16, depth=1, mixer="gdn"), 0.5)
-
-
-def run_rank(rank, file, results):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    calibrated = THRESHOLDS.build("calibrated", 1, kv_usage=0.5)
-    controlled = THRESHOLDS.build({"name": "controlled", "rate": 1.0, "start": 0.5}, 1, kv_usage=0.25)
-    for threshold in (calibrated, controlled):
-        feed(threshold, torch.full((1, 10, 1), float(rank)))
-    results[rank] = (calibrated.tau().item(), controlled.tau().item())
-    torch.distributed.destroy_process_group()
-
-
-def test_ranks_agree(tmp_path):
-    """Rank 0 sees zeros and rank 1 sees ones: tau lies between, and half of all tokens are stored."""
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.start_processes(run_rank, (tmp_path / "meeting", results), nprocs=2, start_method="fork")
-        assert dict(results) == {rank: (0.5, 0.75) for rank in range(2)}
