@@ -25,8 +25,15 @@ def assert_equal(ours, theirs):
         torch.testing.assert_close(x, theirs[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("budget", ["fixed", {"name": "any", "allocate": False}])
-@pytest.mark.parametrize("router", ["residual", "demand", {"name": "learned", "dither": 0.1}])
+@pytest.mark.parametrize(
+    ("router", "budget"),
+    [
+        ("residual", {"name": "any", "allocate": False}),
+        ("demand", "fixed"),
+        ({"name": "learned", "dither": 0.1}, "fixed"),
+    ],
+    ids=str,
+)
 def test_recomputing_changes_no_weight(make_trainer, make_model, make_mqar, monkeypatch, budget, router):
     calls, mix = [], HAM.mix
 

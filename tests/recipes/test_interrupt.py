@@ -41,18 +41,12 @@ def stop(monkeypatch, hook, step, how):
     ("hook", "step", "how", "saved"),
     [
         ("on_train_batch_start", 5, interrupt, 4),
-        ("on_before_backward", 4, interrupt, 4),
         ("on_after_backward", 5, interrupt, 4),
-        ("on_before_optimizer_step", 5, interrupt, 4),
         ("on_train_batch_end", 5, interrupt, 4),
-        ("on_validation_start", 4, interrupt, 4),
         ("on_validation_batch_end", 4, interrupt, 4),
-        ("on_validation_end", 4, interrupt, 4),
         ("on_validation_batch_start", 6, interrupt, 6),  # the last one
         ("on_train_batch_start", 2, press, 3),
         ("on_before_zero_grad", 4, press, 5),
-        ("on_train_batch_end", 3, press, 3),
-        ("on_validation_batch_start", 4, press, 4),
         ("on_validation_batch_start", 6, press, 6),
     ],
 )

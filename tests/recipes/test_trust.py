@@ -24,7 +24,7 @@ COMMANDS = {
     "figures": "figures --out new.png --tokens 8 --ckpt_path {path}",
     "lm_eval": "lm_eval --tasks no_such_task --device cpu --ckpt_path {path}",
 }
-ALL, DATA, FIT, ONE = list(COMMANDS), ["fit", "test", "sweep"], ["fit"], ["generate"]
+ALL, SOME, DATA, FIT, ONE = list(COMMANDS), ["fit", "calibrate"], ["fit", "sweep"], ["fit"], ["generate"]
 
 
 def data(class_path, **options):
@@ -47,8 +47,8 @@ ATTACKS = {
     "model": (ALL, hparam(_class_path="evil.Model"), "evil.Model"),
     "model_called": (ONE, hparam(_class_path="subprocess.Popen"), "subprocess.Popen"),
     "not_a_model": (ONE, hparam(_class_path="recipes.checkpoint.generate.generate"), "LightningModule is expected"),
-    "instantiator": (ALL, hparam(_instantiator="evil.build"), "evil.build"),
-    "mixer": (ALL, hparam(mixer={"name": "evil.Mixer"}), "evil.Mixer"),
+    "instantiator": (SOME, hparam(_instantiator="evil.build"), "evil.build"),
+    "mixer": (SOME, hparam(mixer={"name": "evil.Mixer"}), "evil.Mixer"),
     "pattern": (ONE, hparam(mixer="gdn*3,evil.Mixer"), "evil.Mixer"),
     "colon": (ONE, hparam(mixer=[{"name": "ham"}, {"name": "evil:Mixer"}]), "evil:Mixer"),
     "router": (ONE, hparam(router="evil.Router"), "evil.Router"),
