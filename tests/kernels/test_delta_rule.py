@@ -101,7 +101,7 @@ class TestShapes:
     def test_packed_sequences(self, delta, shape, lengths, first):
         check_packed("torch", delta, shape, lengths, first)
 
-    @settings(max_examples=8)
+    @settings(max_examples=6)
     @given(
         delta=st.booleans(),
         shape=small_shapes,
@@ -112,7 +112,7 @@ class TestShapes:
     def test_batches_in_triton(self, delta, shape, B, T, first, small_chunks, no_stale_memory):
         check_batch("triton", delta, shape, B, T, first)
 
-    @settings(max_examples=8)
+    @settings(max_examples=6)
     @given(delta=st.booleans(), shape=small_shapes, lengths=lengths_of_documents, first=st.booleans())
     def test_packed_sequences_in_triton(self, delta, shape, lengths, first, small_chunks, no_stale_memory):
         check_packed("triton", delta, shape, lengths, first)
@@ -252,9 +252,7 @@ class TestInterface:
         for name in plain if backend in FAST else OUTPUTS:  # backward() of torch's own operations follows autocast
             assert torch.equal(plain[name], cast[name]), name
 
-    @pytest.mark.parametrize(
-        ("delta", "cu_seqlens"), [(True, None), (True, [0, 30, 70]), (False, [0, 30, 70])], ids=str
-    )
+    @pytest.mark.parametrize(("delta", "cu_seqlens"), [(True, [0, 30, 70]), (False, None)], ids=str)
     def test_less_of_the_prediction_changes_nothing_else(self, backend, delta, cu_seqlens):
         """Statistics are those of the values; outputs and gradients do not depend on what is asked for."""
         inputs = make(T=70, H=2, K=5, V=70, N=2 if cu_seqlens else 1)
