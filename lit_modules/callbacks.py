@@ -59,7 +59,8 @@ class RNGState(pl.Callback):
 
 class CalibrateThresholds(pl.Callback):
     """Fits the KV thresholds to training data once the weights are final, so that usage is the one asked for: the
-    tables of training remember a few steps, of changing scores. Place it before what validates and saves.
+    tables of training remember a few steps, of changing scores. Place it before what validates and saves; the command
+    line does.
 
     The data are the first batches of a new training loader, so that a resumed run ends like an uninterrupted one. They
     are run through the module's `decode` if it has one, else through its `forward`, which takes a batch then.

@@ -7,12 +7,12 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_modules.callbacks import CalibrateThresholds
+from lit_modules.callbacks import CalibrateThresholds, RNGState
 from lit_modules.finite import not_finite
 from mixers import SpecError, set_kv_usage
 from recipes.checkpoint.saved import PROCESSES, RECIPE
@@ -136,6 +136,32 @@ class ValidateAtEnd(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.done = 0 < trainer.max_steps <= trainer.global_step
+
+
+PLACES = {ProgressBar: -3, CalibrateThresholds: -2, ValidateAtEnd: -1, RNGState: 1, Checkpoint: 2}  # all others: 0
+MISSED = {
+    CalibrateThresholds: "the KV usage is not fitted to the one asked for",
+    ValidateAtEnd: "the last step is not validated",
+    RNGState: "a resumed run draws other random numbers",
+}
+
+
+def in_order(callbacks: list[Callback]) -> list[Callback]:
+    """The callbacks in the order that a run needs, whatever the one they were given in: at the last step the bar shows
+    it, thresholds are fitted, and then the others, the user's own among them, may test or save the model; when training
+    resumes, random numbers go on from the checkpoint's once all others have begun; checkpoints are written last."""
+
+    def place(callback: Callback) -> int:
+        return next((place for kind, place in PLACES.items() if isinstance(callback, kind)), 0)
+
+    return sorted(callbacks, key=place)
+
+
+def missed(callbacks: list[Callback]) -> str:
+    """What a run goes without that has not all callbacks of the recipes: one line, or nothing."""
+    lacking = [kind for kind in MISSED if not any(isinstance(callback, kind) for callback in callbacks)]
+    said = "; ".join(f"without {kind.__name__} {MISSED[kind]}" for kind in lacking)
+    return said and f"these callbacks replace the recipe's: {said}. --trainer.callbacks+= adds to them"
 
 
 class StepBar(TQDMProgressBar):

@@ -24,7 +24,7 @@ from lit_modules.data import DATA
 from mixers import SpecError
 from mixers.registry import ROUTERS
 from recipes import flags, plugins
-from recipes.callbacks import AskedUsage, SaveConfig
+from recipes.callbacks import AskedUsage, SaveConfig, in_order, missed
 from recipes.checkpoint.opening import RUNS, open_checkpoint
 from recipes.checkpoint.saved import LINKED, Saved
 from recipes.composition import PARTS, all_settings, class_path, setting
@@ -204,7 +204,9 @@ class RecipeCLI(LightningCLI):
         unwanted = tuple(kind for kind, flag in enabled.items() if flag is False)
         kwargs["enable_checkpointing"] = enabled[Checkpoint]
         callbacks = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
-        kwargs["callbacks"] = [c for c in callbacks if c and not isinstance(c, unwanted)]
+        kwargs["callbacks"] = in_order([c for c in callbacks if c and not isinstance(c, unwanted)])
+        if writes and (without := missed(kwargs["callbacks"])):
+            say(without)
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError) as error:
