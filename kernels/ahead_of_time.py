@@ -18,7 +18,8 @@ SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 @dataclass(frozen=True)
 class Compiled:
     """A kernel as compiled for one GPU: registers of a thread, bytes spilled, bytes of shared memory, and the matrix
-    instructions in it (`wgmma`, `mma`, `tcgen05` or nothing)."""
+    instructions in it (`wgmma`, `mma`, `tcgen05` or nothing).
+    """
 
     name: str
     capability: int

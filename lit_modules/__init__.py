@@ -1,5 +1,7 @@
-"""LightningModules, DataModules, metrics and callbacks. Importing this package imports nothing heavy: its classes are
-imported when they are asked for."""
+"""LightningModules, DataModules, metrics and callbacks.
+
+Importing this package imports nothing heavy: its classes are imported when they are asked for.
+"""
 
 import importlib
 

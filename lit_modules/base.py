@@ -27,6 +27,13 @@ Pattern = str | dict[str, Any] | list[Spec]
 def with_options(mixer: Pattern, **options: Any) -> list[dict[str, Any]]:
     """The pattern with each option that is not None set in every entry whose mixer takes it.
 
+    Args:
+        mixer: spec or pattern.
+        options: of mixers, by name.
+
+    Returns:
+        The specs of the pattern.
+
     Raises:
         SpecError: an option that no entry takes.
     """
@@ -44,8 +51,18 @@ def with_options(mixer: Pattern, **options: Any) -> list[dict[str, Any]]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two optimizer groups. Not decayed: vectors and scalars, embeddings (a tied head too), whatever is flagged
-    ``_no_weight_decay``. Frozen parameters are left out."""
+    """Two groups of an optimizer: parameters that decay, and those that do not.
+
+    Not decayed: vectors and scalars, embeddings (a tied head too), whatever is flagged ``_no_weight_decay``. Frozen
+    parameters are left out.
+
+    Args:
+        model: any module.
+        weight_decay: of the first group; that of the second is 0.
+
+    Returns:
+        Groups as ``torch.optim`` takes them.
+    """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     decayed, free = [], []
     for parameter in model.parameters():
@@ -57,7 +74,18 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def schedule_factor(step: int, *, warmup_steps: int, total_steps: float, schedule: str, final: float) -> float:
-    """Learning rate at a step as a share of the peak: linear warm-up, then a cosine down to ``final`` or a constant."""
+    """Learning rate at a step as a share of the peak: linear warm-up, then a cosine down or a constant.
+
+    Args:
+        step: counted from 0.
+        warmup_steps: of the linear warm-up.
+        total_steps: where the cosine ends; inf keeps the rate constant.
+        schedule: "cosine" or "constant".
+        final: end of the cosine, as a share of the peak.
+
+    Returns:
+        A factor in [0, 1].
+    """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     if schedule == "constant" or math.isinf(total_steps):

@@ -20,12 +20,15 @@ BUDGETS = ("fixed", "any")
 
 @dataclass
 class AnyBudget:
-    """Draws usages.
+    """Draws a KV usage for every sequence of a training batch.
 
     Args:
         zero: share of the sequences at usage 0, in [0, 1].
         one: share at usage 1; zero + one is at most 1.
         allocate: after training, fit how heads share a small usage (:func:`mixers.allocate`).
+
+    Raises:
+        SpecError: shares out of their range.
     """
 
     zero: float = 0.5
@@ -53,7 +56,17 @@ class AnyBudget:
 
 
 def build_budget(spec: str | dict[str, Any]) -> AnyBudget | None:
-    """None for "fixed". Raises SpecError for a budget or an option that there is not."""
+    """What a spec of `budget` describes.
+
+    Args:
+        spec: "fixed", "any", or a mapping with that name and the options of `AnyBudget`.
+
+    Returns:
+        None for "fixed".
+
+    Raises:
+        SpecError: a budget or an option that there is not, or a value out of its range.
+    """
     options = parse_spec(spec)
     name = options.pop("name")
     if name not in BUDGETS:

@@ -19,9 +19,9 @@ from mixers.calibration import calibrate
 from mixers.registry import SpecError
 from mixers.threshold import thresholds_of
 
-say = rank_zero_only(print)
-PROMPT = 64
-TRIED = 4  # batches for each trial of an allocation
+rank_zero_print = rank_zero_only(print)
+PROMPT_BYTES = 64
+ALLOCATION_BATCHES = 4  # batches for each trial of an allocation
 
 
 class RNGState(pl.Callback):
@@ -58,12 +58,12 @@ class RNGState(pl.Callback):
 
 
 class CalibrateThresholds(pl.Callback):
-    """Fits the KV thresholds to training data once the weights are final, so that usage is the one asked for: the
-    tables of training remember a few steps, of changing scores. Place it before what validates and saves; the command
-    line does.
+    """Fits the KV thresholds to training data once the weights are final, so that usage is the one asked for.
 
-    The data are the first batches of a new training loader, so that a resumed run ends like an uninterrupted one. They
-    are run through the module's `decode` if it has one, else through its `forward`, which takes a batch then.
+    The tables of training remember a few steps, of changing scores. Place it before what validates and saves; the
+    command line does. The data are the first batches of a new training loader, so that a resumed run ends like an
+    uninterrupted one. They are run through the module's `decode` if it has one, else through its `forward`, which takes
+    a batch then.
 
     Before, in a model whose `budget` says so, `mixers.allocate` fits the heads' shares, through the module's `loss`.
 
@@ -96,7 +96,7 @@ class CalibrateThresholds(pl.Callback):
         batches = (trainer.strategy.batch_to_device(batch) for batch in islice(loader, self.batches))
         with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
             if (budget := getattr(pl_module, "budget", None)) and budget.allocate and allocatable_mixers(pl_module):
-                few = [*islice(batches, TRIED)]
+                few = [*islice(batches, ALLOCATION_BATCHES)]
                 batches = chain(few, batches)
                 if not self.allocated:
                     allocate(pl_module, few, pl_module.loss, progress=trainer.progress_bar_callback is not None)
@@ -113,14 +113,21 @@ class RunSummary(pl.Callback):
         metrics = {name: trainer.callback_metrics.get(f"val/{name}") for name in names}
         parts = [f"{names[name]} {value:.4g}" for name, value in metrics.items() if value is not None]
         if parts:
-            say(f"\nvalidation after {trainer.global_step} steps: {', '.join(parts)}")
+            rank_zero_print(f"\nvalidation after {trainer.global_step} steps: {', '.join(parts)}")
         usage = getattr(pl_module, "last_usage", {})
         if usage:
-            say(usage_table(usage))
+            rank_zero_print(usage_table(usage))
 
 
 def usage_table(usage: dict[str, float]) -> str:
-    """Lines of text from what :class:`lit_modules.metrics.KVUsage` computes."""
+    """A table of usages as text.
+
+    Args:
+        usage: what :class:`lit_modules.metrics.KVUsage` computes: usages in 0..1 by name.
+
+    Returns:
+        A line for each layer, and one for all.
+    """
     lines = ["KV usage (kept tokens / tokens)", f"  {'layer':>5}  {'mean':>5}  heads"]
     for layer in sorted({int(name.split("/")[1][len("layer") :]) for name in usage if "/" in name}):
         prefix = f"kv_usage/layer{layer}"
@@ -164,19 +171,21 @@ class SampleText(pl.Callback):
                 seed=self.seed,
             )[0]
         except SpecError as error:
-            say(f"\nno sample: {error}")
+            rank_zero_print(f"\nno sample: {error}")
             return
         finally:
             pl_module.train(training)
         prompted, written = decode(tokens[: prompt.shape[1]]), decode(tokens[prompt.shape[1] :])
-        say(f"\nsample, temperature {self.temperature}; the model goes on from |:\n{_indent(f'{prompted}|{written}')}")
+        rank_zero_print(
+            f"\nsample, temperature {self.temperature}; the model goes on from |:\n{_indent(f'{prompted}|{written}')}"
+        )
         log_text(trainer, "sample", f"{prompted}|{written}")
 
     @staticmethod
     def _from_validation(trainer: pl.Trainer) -> Tensor:
         """The first bytes of the longest piece of text in the first validation batch, (1, T)."""
         batch = next(iter(trainer.datamodule.val_dataloader()))
-        return batch["tokens"][:, longest_document(batch["cu_seqlens"])][:, :PROMPT]
+        return batch["tokens"][:, longest_document(batch["cu_seqlens"])][:, :PROMPT_BYTES]
 
 
 class NextSteps(pl.Callback):
@@ -207,7 +216,7 @@ class NextSteps(pl.Callback):
             except KeyError:
                 continue
         if lines:
-            say("\nnext:\n" + "\n".join(lines))
+            rank_zero_print("\nnext:\n" + "\n".join(lines))
 
 
 def _relative(place: str) -> str:

@@ -28,13 +28,18 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
 
 @torch.no_grad()
 def first_not_finite(module: nn.Module, loss: Any, batch: Any) -> str:
-    """Names what is not finite first when ``loss(batch)`` is computed, or, if that is finite, the gradient where the
+    """Names what is not finite first in a training step that failed.
+
+    That is the first output when ``loss(batch)`` is computed again or, if all are finite, the gradient where the
     backward pass left the finite numbers.
 
     Args:
         module: whose parts are named; its gradients are there.
         loss: a batch -> scalar, a forward pass through the parts of ``module``.
         batch: of the step that failed.
+
+    Returns:
+        What it is, as a part of a sentence.
     """
     found: list[str] = []
 

@@ -124,9 +124,19 @@ class Continuation:
 def generate(
     decoder: Decoder, prompts: Tensor | Sequence[Tensor], *, num_tokens: int, **options
 ) -> Tensor | list[Tensor]:
-    """Prompts with ``num_tokens`` more tokens: (B, T + num_tokens) for prompts (B, T), else a list of tensors.
+    """Prompts and what a decoder goes on to write.
 
-    The options are those of :class:`Continuation`.
+    Args:
+        decoder: used as it is: call ``eval()`` on it first.
+        prompts: (B, T) int64, or B tensors (T_i,) of any lengths, each of at least one token.
+        num_tokens: to write after every prompt.
+        options: of :class:`Continuation`.
+
+    Returns:
+        (B, T + num_tokens) int64 for prompts (B, T), else a list of tensors.
+
+    Raises:
+        SpecError: as :class:`Continuation` does.
     """
     new = torch.stack([*islice(Continuation(decoder, prompts, **options), num_tokens)], 1)
     whole = [torch.cat([prompt, tokens.to(prompt)]) for prompt, tokens in zip(prompts, new, strict=True)]

@@ -27,6 +27,9 @@ def routing_figure(routing: Sequence[Routing | None], *, labels: Sequence[str] =
         routing: one entry per layer, scores (1, T, H); None for layers that do not route. One entry at least is not.
         labels: T strings for the tokens, or none.
         max_panels: layers to show in detail at most, evenly spread.
+
+    Returns:
+        A figure that belongs to no window.
     """
     from matplotlib.figure import Figure
 

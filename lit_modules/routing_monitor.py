@@ -14,7 +14,9 @@ from mixers.base import Routing
 
 
 class RoutingMonitor(pl.Callback):
-    """After each validation, shows in every logger, under ``val_routing/``:
+    """Shows in every logger what the routers of a model do, after each validation.
+
+    Under ``val_routing/``:
 
     - ``kv_usage``, ``layer{i}/kv_usage`` and ``layer{i}/head{h}/kv_usage`` over the whole validation set;
     - ``tau``, the threshold, once for whatever shares it;

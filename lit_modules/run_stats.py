@@ -11,7 +11,9 @@ from torch import Tensor
 
 
 class RunStats(pl.Callback):
-    """Logs ``trainer/learning_rate``, ``trainer/tokens`` (seen by all processes since the run first began),
+    """Logs how a run goes.
+
+    ``trainer/learning_rate``, ``trainer/tokens`` (seen by all processes since the run first began),
     ``trainer/tokens_per_second`` (since the last log, without validations) and ``trainer/peak_memory_gb`` (of a GPU's
     tensors, else of the process).
 

@@ -110,9 +110,11 @@ def allocatable_mixers(model: nn.Module) -> list[Mixer]:
 
 
 def _line_search(bias: Tensor, unit: float, best: float, trial: Callable[[], float]) -> float:
-    """Moves `bias`, in place, up by a unit, then two more, four, ... as long as that does not raise the loss, and back
-    to where it was least; if that is where it began, the same downwards. A step may well change nothing: scores of
-    another head can lie far off."""
+    """Moves `bias`, in place, to where the loss is least, and returns that loss.
+
+    Up by a unit, then two more, four, ... as long as that does not raise the loss, and back to where it was least; if
+    that is where it began, the same downwards. A step may well change nothing: scores of another head can lie far off.
+    """
     for sign in (1, -1):
         best_bias, least = bias.clone(), best
         for doubling in range(DOUBLINGS):

@@ -22,8 +22,14 @@ from mixers.threshold import thresholds_of
 
 @dataclass
 class DecoderOutput:
-    """`hidden` (B, T, D) after the final norm; per layer the state and the routing (None where there is none);
-    `aux_loss`, a scalar to add to the loss in training."""
+    """What a decoder made of a batch.
+
+    Attributes:
+        hidden: (B, T, D) after the final norm.
+        state: one per layer, None if none were given.
+        routing: one per layer, None of a layer that does not route.
+        aux_loss: scalar to add to the loss in training.
+    """
 
     hidden: Tensor
     state: list[MixerState] | None
@@ -115,8 +121,19 @@ class Decoder(nn.Module):
         cu_seqlens: Tensor | None = None,
         padding_mask: Tensor | None = None,
     ) -> DecoderOutput:
-        """tokens (B, T) int64; the rest as for `Mixer.forward`, `state` with one entry per layer. Padding is taken out
-        before the first layer and put back, as zeros, after the last."""
+        """Read tokens.
+
+        Padding is taken out before the first layer and put back, as zeros, after the last.
+
+        Args:
+            tokens: (B, T) int64.
+            state: one entry per layer, from `init_state` or the last call's output.
+            cu_seqlens: (N + 1,) bounds of the sequences packed in one row; B is then 1.
+            padding_mask: (B, T) bool, True at real tokens.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
         if state is not None and len(state) != len(self.blocks):
             raise ValueError(f"the state is of {len(state)} layers, the decoder has {len(self.blocks)}")
         layout, restore = Layout.of(cu_seqlens, tokens), None

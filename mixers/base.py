@@ -17,9 +17,14 @@ from mixers.threshold import Threshold
 class Routing:
     """What a router and its threshold decided; H is the number of heads with a memory of their own.
 
-    scores (B, T, H) float32, `stored` (B, T, H) bool, `tau` (H,) float32, `g` (B, T, H) float32 log-decay of the
-    memory, `lengths` (N,) int64 tokens of every sequence; the last `window` tokens are kept, stored or not; of the
-    stored tokens of a head at most `limit` are kept, if that is not 0.
+    Attributes:
+        scores: (B, T, H) float32.
+        stored: (B, T, H) bool.
+        tau: (H,) float32, the threshold.
+        g: (B, T, H) float32, log-decay of the memory, <= 0.
+        lengths: (N,) int64, tokens of every sequence.
+        window: the last so many tokens are kept, stored or not.
+        limit: of the stored tokens of a head at most so many are kept; 0 keeps all.
     """
 
     scores: Tensor
@@ -55,8 +60,14 @@ class Routing:
 
 @dataclass
 class MixerOutput:
-    """`hidden` (B, T, D); `state` if one was given; `routing` of a mixer with a router; `aux_loss`, a scalar to add to
-    the loss in training, if the mixer has one."""
+    """What a mixer made of its input.
+
+    Attributes:
+        hidden: (B, T, D) in the dtype of x.
+        state: the new one, if one was given.
+        routing: of a mixer with a router.
+        aux_loss: scalar to add to the loss in training, if the mixer has one.
+    """
 
     hidden: Tensor
     state: MixerState | None = None
@@ -85,11 +96,13 @@ class Mixer(nn.Module):
         cls._takes_layout = "layout" in inspect.signature(cls.mix).parameters
 
     def mix(self, x: Tensor, state: MixerState | None, layout: Layout) -> MixerOutput:
-        """Mix x (B, T, D), T >= 1: a sequence in each row or, packed, N sequences in one; `layout` tells their bounds,
-        lengths and positions. (A `mix` without an argument of that name is given `cu_seqlens` instead: the bounds
-        (N + 1,) int32 alone, None of a sequence in each row.)
+        """Mix tokens; what a subclass writes.
 
-        `state` is of those N sequences; it is not changed, and the output carries a new one.
+        Args:
+            x: (B, T, D), T >= 1: a sequence in each row or, packed, N sequences in one.
+            state: of those N sequences; it is not changed, and the output carries a new one. None: none is wanted.
+            layout: their bounds, lengths and positions. (A `mix` without an argument of this name is given `cu_seqlens`
+                instead: the bounds (N + 1,) int32 alone, None of a sequence in each row.)
         """
         raise NotImplementedError
 
@@ -103,13 +116,18 @@ class Mixer(nn.Module):
         raise NotImplementedError(f"mixer {type(self).__module__}.{type(self).__qualname__} has no init_state")
 
     def projections(self) -> dict[str, Tensor]:
-        """The weights (out, in) of the projections of x to queries `q`, keys `k` and values `v`, and of what is read to
-        the output `o`, where the mixer has such; views, so that they can be written."""
+        """The weights (out, in) of the projections, views, so that they can be written.
+
+        `q`, `k` and `v` of x to queries, keys and values, and `o` of what is read to the output, where the mixer has
+        such.
+        """
         return {}
 
     def window_size(self) -> int:
-        """How many of the last tokens are attended to where no others are, or beside those that are stored; 0: none are
-        told apart by their distance."""
+        """How many of the last tokens are attended to; 0: there is no such bound.
+
+        A mixer that stores tokens attends to these beside them.
+        """
         return 0
 
     def forward(

@@ -13,12 +13,12 @@ from mixers.threshold import thresholds_of
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any] | None = None) -> int:
-    """Replaces the quantile table of every threshold by that of the scores on some batches, and sets the threshold to
-    the usage it is asked for.
+    """Replaces the quantile table of every threshold by that of the scores on some batches.
 
-    In training the tables follow scores that change with every step, so they remember a few steps only; a frozen model
-    needs no such haste. Use it at the end of training, or on data of your own. Scores change a little with the usage,
-    as later layers see what earlier ones stored: it is held best at the usage that was set when this was called.
+    The threshold is then set to the usage that it is asked for. In training the tables follow scores that change with
+    every step, so they remember a few steps only; a frozen model needs no such haste. Use it at the end of training, or
+    on data of your own. Scores change a little with the usage, as later layers see what earlier ones stored: it is held
+    best at the usage that was set when this was called.
 
     Args:
         model: any module with routing mixers; its modes (train, eval) are put back.

@@ -19,8 +19,12 @@ from mixers.state import MixerState
 
 @dataclass
 class RecurrentState(MixerState):
-    """The memory (N, H, K, V) float32, or float64 in a float64 model, and the tail (N, taps - 1, channels) of the
-    convolution."""
+    """The state of a recurrent mixer.
+
+    Attributes:
+        recurrent: (N, H, K, V) float32, or float64 in a float64 model: the memory.
+        conv: (N, taps - 1, channels), the tail of the convolution.
+    """
 
     recurrent: Tensor
     conv: Tensor

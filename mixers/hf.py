@@ -95,8 +95,13 @@ class MixerForCausalLM(PreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **told: Any,
     ) -> CausalLMOutputWithPast:
-        """As other causal models: labels are input_ids with -100 where nothing is asked, shifted in here. Documents
-        packed in a row (`mixers.adapters.masks.beginnings`) are read alone; what else is asked for is a ValueError."""
+        """As other causal models: labels are input_ids with -100 where nothing is asked, shifted in here.
+
+        Documents packed in a row (`mixers.adapters.masks.beginnings`) are read alone.
+
+        Raises:
+            ValueError: something else is asked for, or shapes do not fit.
+        """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         x = input_ids[..., None]

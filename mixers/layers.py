@@ -50,8 +50,11 @@ class RMSNorm(nn.RMSNorm):
 
 
 def _tails(layout: Layout, before: int) -> tuple[Tensor, Tensor, Tensor]:
-    """In a row where `before` places stand in front of each packed sequence: the places of the tokens (T,), of those in
-    front (N, before), and of the last `before` of each sequence and its front (N, before)."""
+    """Places in a row where `before` of them stand in front of each packed sequence.
+
+    Those of the tokens (T,), of those in front (N, before), and of the last `before` of each sequence and its front
+    (N, before).
+    """
     device = layout.lengths.device
     place = torch.arange(layout.tokens, device=device) + before * (layout.documents + 1)
     each = torch.arange(before, device=device)
@@ -60,7 +63,16 @@ def _tails(layout: Layout, before: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def rotary(x: Tensor, position: Tensor, base: float) -> Tensor:
-    """Rotary position embedding (RoFormer, arXiv 2104.09864) of x (B, T, H, K), K even, at position (B or 1, T)."""
+    """Rotary position embedding (RoFormer, arXiv 2104.09864).
+
+    Args:
+        x: (B, T, H, K), K even.
+        position: (B or 1, T).
+        base: of the wavelengths, in tokens.
+
+    Returns:
+        (B, T, H, K) in the dtype of x.
+    """
     half = x.shape[-1] // 2
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     frequency = base ** -(torch.arange(half, device=x.device, dtype=exact) / half)

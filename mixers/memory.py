@@ -33,8 +33,19 @@ RULES = {"linear_attention": (False, False), "delta_net": (True, False), "gated_
 
 @dataclass
 class MemoryRead:
-    """What the memory made of the tokens: q, k (normalised), v, read (B, T, H, .) in the input's dtype; g, beta
-    (B, T, H) and prediction (B, T, H, V) in float32; the new recurrent state and convolution tail."""
+    """What the memory made of the tokens.
+
+    Attributes:
+        q: (B, T, H, K) normalised, in the dtype of the input, as k, v and read.
+        k: (B, T, H, K) normalised.
+        v: (B, T, H, V).
+        g: (B, T, H) float32, log-decay, <= 0.
+        beta: (B, T, H) float32, write strength in [0, 1].
+        read: (B, T, H, V), the read-out.
+        prediction: (B, T, H, V) float32, its statistics (B, T, H, 2), or None, as was asked.
+        recurrent: (N, H, K, V) float32, the new state.
+        conv: (N, taps - 1, channels), the new tail of the convolution.
+    """
 
     q: Tensor
     k: Tensor
@@ -121,8 +132,15 @@ class Memory(nn.Module):
         layout: Layout,
         predict: str = "values",
     ) -> MemoryRead:
-        """x (B, T, D) -> all that is known of its tokens. q and k are repeated where value heads are grouped; `predict`
-        says what of the predictions, see `kernels.delta_rule`."""
+        """Read and write tokens; q and k are repeated where value heads are grouped.
+
+        Args:
+            x: (B, T, D).
+            recurrent: (N, H, K, V) state before them; None is zeros.
+            conv: (N, taps - 1, channels) tail before them; None is zeros.
+            layout: how the N sequences lie in (B, T).
+            predict: what of the predictions is wanted, see `kernels.delta_rule`.
+        """
         qkv, conv = self.conv(self.qkv(x), conv, layout)
         q, k, v = (part.unflatten(-1, (-1, dim)) for part, dim in zip(
             qkv.split(self.widths, -1), (self.head_dim, self.head_dim, self.value_dim), strict=True))  # fmt: skip

@@ -117,8 +117,11 @@ class Registry:
         return self._registered[name] if name in self._registered else self._checked(self._load(name))
 
     def register(self, name: str) -> Callable[[type], type]:
-        """Class decorator that adds a name. A class defined again (a reloaded module) takes its own place; a name that
-        another class holds, or a class that does not subclass the base, raises SpecError."""
+        """Class decorator that adds a name. A class defined again (a reloaded module) takes its own place.
+
+        Raises:
+            SpecError: a name that another class holds, or a class that does not subclass the base.
+        """
         if not name.isidentifier():
             raise SpecError(f"{self.kind} name {name!r} is not an identifier")
 
@@ -145,8 +148,16 @@ class Registry:
         return found
 
     def build(self, spec: str | Mapping[str, Any], /, *args: Any, **options: Any) -> Any:
-        """Builds the part that a spec describes; `options` override those in the spec. Raises SpecError for an unknown
-        name or option, for a missing one, and for a value of another type than the option's."""
+        """Builds the part that a spec describes.
+
+        Args:
+            spec: name, or a mapping with a "name" and options.
+            args: of its constructor, by place.
+            options: override those in the spec.
+
+        Raises:
+            SpecError: an unknown name or option, a missing one, or a value of another type than the option's.
+        """
         given = parse_spec(spec)
         name = given.pop("name")
         given |= options
@@ -230,14 +241,21 @@ def _same_package_and_name(one: str, other: str) -> bool:
 
 
 def _split_path(path: str) -> str | None:
-    """ "a.b.C" or "a.b:C" -> "a.b:C"; None for anything else."""
+    """The path "a.b.C" or "a.b:C" as "a.b:C"; None for anything else."""
     module, mark, name = path.partition(":") if ":" in path else path.rpartition(".")
     parts = [*module.split("."), *name.split(".")]
     return f"{module}:{name}" if mark and all(part.isidentifier() for part in parts) else None
 
 
 def parse_spec(spec: str | Mapping[str, Any]) -> dict[str, Any]:
-    """A spec as a new dict with its "name" and its options. Raises SpecError if it is none."""
+    """A spec as a new dict with its "name" and its options.
+
+    Args:
+        spec: a name, or a mapping with a "name" and options.
+
+    Raises:
+        SpecError: it is none of these.
+    """
     parsed = {"name": spec.strip()} if isinstance(spec, str) else dict(spec) if isinstance(spec, Mapping) else {}
     if not (isinstance(parsed.get("name"), str) and parsed["name"] and all(isinstance(key, str) for key in parsed)):
         raise SpecError(f"expected a name, or a mapping with a 'name' and options; got {spec!r}")
@@ -245,8 +263,14 @@ def parse_spec(spec: str | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_pattern(pattern: str | Mapping[str, Any] | Iterable[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A pattern as a list of specs: "gdn*3,attention", one spec, or a list of such names and specs. Raises SpecError if
-    it is empty or none of these."""
+    """A pattern as a list of specs.
+
+    Args:
+        pattern: "gdn*3,attention", one spec, or a list of such names and specs.
+
+    Raises:
+        SpecError: it is empty or none of these.
+    """
     entries = pattern.split(",") if isinstance(pattern, str) else [pattern] if isinstance(pattern, Mapping) else pattern
     if not isinstance(entries, list | tuple) or not entries:
         raise SpecError(f"expected a pattern such as 'gdn*3,attention', or a list of specs; got {pattern!r}")
@@ -310,5 +334,17 @@ register_router = ROUTERS.register
 
 
 def build_mixer(spec: str | Mapping[str, Any], /, *, dim: int, **options: Any) -> Any:
-    """Builds the mixer that a spec describes, of model width `dim`. Raises SpecError as `Registry.build` does."""
+    """Builds the mixer that a spec describes.
+
+    Args:
+        spec: name, or a mapping with a "name" and options.
+        dim: model width D.
+        options: override those in the spec.
+
+    Returns:
+        A `mixers.Mixer`.
+
+    Raises:
+        SpecError: an unknown name or option, a missing one, or a value of another type than the option's.
+    """
     return MIXERS.build(spec, dim=dim, **options)

@@ -17,8 +17,10 @@ CACHES = (KVCache, BoundedCache)
 
 @dataclass
 class MixerState:
-    """Base of all states, of N sequences. A mixer that remembers more than their length subclasses it as a dataclass
-    whose fields are tensors (N, ...), dicts of such, caches, or None; what is asked of a state is then answered here.
+    """Base of all states, of N sequences.
+
+    A mixer that remembers more than their length subclasses it as a dataclass whose fields are tensors (N, ...), dicts
+    of such, caches, or None; what is asked of a state is then answered here.
 
     Attributes:
         length: (N,) int64, tokens seen.
@@ -43,7 +45,7 @@ class MixerState:
         return self.map(lambda x: x.detach())
 
     def to(self, *args: Any, **kwargs: Any) -> "MixerState":
-        """Move to a device. (dtypes are the mixer's business: a recurrent memory stays in float32.)"""
+        """Move to a device; dtypes are the mixer's business: a recurrent memory stays in float32."""
         return self.map(lambda x: x.to(*args, **kwargs))
 
     @property

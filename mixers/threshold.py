@@ -134,8 +134,14 @@ class Threshold(nn.Module):
         raise NotImplementedError
 
     def tau_per_sequence(self, layout: Layout) -> Tensor:
-        """tau from the table at each sequence's own usage, for scores (B, T, H): (B, 1, groups), or (1, T, groups) of
-        packed sequences."""
+        """tau at each sequence's own usage, read from the table.
+
+        Args:
+            layout: of the sequences, one for each of `usages`.
+
+        Returns:
+            (B, 1, groups), or (1, T, groups) of packed sequences: for scores (B, T, H).
+        """
         usages = self.usages.to(self.table)
         place = (1 - usages) * (LEVELS - 1)
         low = place.long().clamp(max=LEVELS - 2)
@@ -330,6 +336,7 @@ def several_processes() -> bool:
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean of x over all processes; it may be changed in place."""
     if several_processes():
         torch.distributed.all_reduce(x)
         x = x / torch.distributed.get_world_size()
@@ -337,7 +344,11 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 
 def check_usage(kv_usage: float) -> float:
-    """`kv_usage` as a float; SpecError unless it lies in [0, 1]."""
+    """`kv_usage` as a float.
+
+    Raises:
+        SpecError: it is no number in [0, 1].
+    """
     if isinstance(kv_usage, bool) or not isinstance(kv_usage, (int, float)) or not 0 <= kv_usage <= 1:
         raise SpecError(f"kv_usage must be a number from 0 to 1, got {kv_usage!r}")
     return float(kv_usage)
@@ -349,7 +360,11 @@ def thresholds_of(model: nn.Module) -> Iterator[Threshold]:
 
 
 def set_kv_usage(model: nn.Module, kv_usage: float) -> None:
-    """Set the KV usage of every threshold in `model`, in training or after it. 0 stores nothing, 1 everything.
+    """Set the KV usage of every threshold in `model`, in training or after it.
+
+    Args:
+        model: any module with routing mixers.
+        kv_usage: stored tokens / tokens over each threshold's scope, in [0, 1]: 0 stores nothing, 1 everything.
 
     Raises:
         SpecError: a usage outside [0, 1]; a model in which nothing routes; a threshold that cannot be set.

@@ -18,7 +18,8 @@ def gated_delta_rule(
     delta: bool,
 ) -> tuple[Tensor, None, Tensor]:
     """Shapes as in `kernels.delta_rule.gated_delta_rule`; float16, bfloat16 or float32. Raises ValueError for the
-    additive rule."""
+    additive rule.
+    """
     if not delta:
         raise ValueError("backend 'fla' of delta_rule runs the delta rule, not the additive rule of linear attention")
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule

@@ -105,7 +105,8 @@ def gradients_v(
     ACC: tl.constexpr, PRECISION: tl.constexpr, DELTA: tl.constexpr, HAS_DP: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, H): dV, d_beta; H = Z U^T * D of the readers k and q -> ha, hq (chunks, H, C, C). Predictions that
-    are not GIVEN are computed again."""
+    are not GIVEN are computed again.
+    """
     c, h = tl.program_id(0), tl.program_id(1)
     start, stop = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
     if start < stop:

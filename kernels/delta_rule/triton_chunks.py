@@ -31,7 +31,8 @@ def gated_delta_rule(
     predict: str = "values",
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Shapes as in `kernels.delta_rule.gated_delta_rule`, q and k with as many heads as v; K and V up to 256; float16,
-    bfloat16, float32 or float64, which q, k and v share. g, beta and the state are float32 at least."""
+    bfloat16, float32 or float64, which q, k and v share. g, beta and the state are float32 at least.
+    """
     B, T = v.shape[:2]
     if interpreted() and v.dtype in (torch.float16, torch.bfloat16):
         v = v.float()  # the interpreter's arithmetic on bfloat16 is wrong (triton issue 11584)
@@ -81,7 +82,8 @@ def constants(v: Tensor, K: int) -> dict:
 def chunk_tables(cu_seqlens: Tensor, T: int, C: int) -> tuple[Tensor, Tensor]:
     """(chunks (most, 2), offsets (N + 1,)), int32: the tokens of every chunk, and where each sequence's chunks begin.
 
-    There are at most T // C + N chunks; those beyond the last are empty."""
+    There are at most T // C + N chunks; those beyond the last are empty.
+    """
     lengths = cu_seqlens.diff()
     offsets = torch.nn.functional.pad(((lengths + C - 1) // C).cumsum(0, dtype=torch.int32), (1, 0))
     c = torch.arange(T // C + len(lengths), device=cu_seqlens.device, dtype=torch.int32)

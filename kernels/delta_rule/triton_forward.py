@@ -15,7 +15,8 @@ import triton.language as tl
 @triton.jit
 def inverse(L, C: tl.constexpr, PRECISION: tl.constexpr):
     """(I + L)^-1 of strictly lower triangular L (C, C), by forward substitution: row by row in the blocks of 16 on the
-    diagonal, side by side; then two inverted blocks X, Y with M below them become [[X, 0], [-Y M X, Y]]."""
+    diagonal, side by side; then two inverted blocks X, Y with M below them become [[X, 0], [-Y M X, Y]].
+    """
     N: tl.constexpr = C // 16
     n = tl.arange(0, N)
     on_diagonal = n[:, None, None, None] == n[None, None, :, None]

@@ -66,7 +66,8 @@ class PagedCache:
 
     def reserve(self, tokens: int | Tensor) -> "PagedCache":
         """A cache with places for `tokens` more in every row, or for (R,) numbers of them: this one, or a larger one.
-        Waits for the device, so call it once for many steps."""
+        Waits for the device, so call it once for many steps.
+        """
         if not len(self.length):
             return self
         after = self.length + tokens

@@ -152,7 +152,8 @@ def backward_kv(
     HAS_BIAS: tl.constexpr, NEAR: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (T / BN, B * H): dk, dv and d_bias of a block of stored tokens, or with NEAR of a block of positions, whose
-    gradients are added to what is there. A token's row is written by one program: there are no atomics."""
+    gradients are added to what is there. A token's row is written by one program: there are no atomics.
+    """
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     row = tl.program_id(1)
     heads = H * G

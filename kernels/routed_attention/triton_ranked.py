@@ -65,7 +65,8 @@ def routed_attention(
     window: int,
 ) -> Tensor:
     """Shapes as in `kernels.routed_attention.routed_attention`; K and V up to 256; float16, bfloat16, float32 or
-    float64, which q, k and v share."""
+    float64, which q, k and v share.
+    """
     dtype = v.dtype
     if interpreted() and dtype in (torch.float16, torch.bfloat16):
         dtype = torch.float32  # the interpreter's arithmetic on bfloat16 is wrong (triton issue 11584)

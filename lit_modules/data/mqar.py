@@ -41,7 +41,8 @@ def mqar_batch(
         num_pairs: pairs per sequence, at most ``num_keys``.
         seq_len: T, at least 4 * num_pairs (the default): the pairs take 2 * num_pairs, and queries stand on every
             other of the remaining slots.
-        num_keys, num_values: how many ids there are of each.
+        num_keys: ids of keys.
+        num_values: ids of values.
         power: exponent a of the density ~ gap**(a - 1) with which queries fall soon after the pairs.
 
     Returns:

@@ -181,8 +181,10 @@ def four_projections(module: nn.Module) -> AttentionInfo | None:
 
 @register_adapter
 def one_projection(module: nn.Module) -> AttentionInfo | None:
-    """One weight of queries, keys and values, one after the other, keys and values possibly grouped: Phi-3, timm's ViT,
-    litgpt, nanoGPT; as (in, out): GPT-2; head by head: GPT-NeoX."""
+    """One weight of queries, keys and values, one after the other, keys and values possibly grouped.
+
+    Phi-3, timm's ViT, litgpt, nanoGPT; as (in, out): GPT-2; head by head: GPT-NeoX.
+    """
     heads = _heads(module)
     if heads is None or getattr(module, "is_cross_attention", False):
         return None

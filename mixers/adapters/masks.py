@@ -117,8 +117,18 @@ def beginnings(x: Tensor, real: Tensor | None, begins: Tensor | None = None, **t
 
 
 def packed(x: Tensor, real: Tensor | None, begins: Tensor | None) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """x (B, T, ...) as a mixer takes it, and options of the call: where documents begin, all rows end to end, as
-    (1, B T, ...), and `cu_seqlens`. Every row begins a document, one of nothing but padding, too."""
+    """What a mixer is called with: x (B, T, ...), and the options of the call.
+
+    Where documents begin, all rows are put end to end. Every row begins a document, one of nothing but padding, too.
+
+    Args:
+        x: the input.
+        real: (B, T) bool from `read_mask`.
+        begins: (B, T) bool from `beginnings`.
+
+    Returns:
+        x, or (1, B T, ...); and `padding_mask`, with `cu_seqlens` where documents begin.
+    """
     if begins is None:
         return x, {"padding_mask": real}
     begins = begins.clone()

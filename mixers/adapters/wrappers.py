@@ -45,13 +45,15 @@ class Wrapper(nn.Module):
         self.aux_loss: Tensor | None = None
 
     def note(self, out: MixerOutput) -> Tensor:
-        """The hidden of an output, whose routing and loss are kept."""
+        """The hidden (B, T, D) of an output, whose routing and loss are kept."""
         self.routing, self.aux_loss = out.routing, out.aux_loss
         return out.hidden
 
     def named(self, args: tuple, options: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call by the names that the host gave them, first the input; those that are None or False,
-        which ask for nothing, are left out."""
+        """The arguments of a call by the names that the host gave them, first the input.
+
+        Those that are None or False, which ask for nothing, are left out.
+        """
         if len(args) > len(self.arguments):
             raise TypeError(f"{self.was} takes {len(self.arguments)} arguments, got {len(args)}")
         named = dict(zip(self.arguments, args, strict=False)) | options
@@ -59,7 +61,9 @@ class Wrapper(nn.Module):
 
     def both_ways(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         """x (B, T, D) read from both ends by one mixer, the mean of the two: for hosts in which tokens see later ones.
-        Both ways are one batch, so that a threshold counts them as one step."""
+
+        Both ways are one batch, so that a threshold counts them as one step.
+        """
         two = torch.cat([x, x.flip(1)])
         if padding_mask is not None:
             padding_mask = torch.cat([padding_mask, padding_mask.flip(1)])
@@ -72,11 +76,14 @@ class Wrapper(nn.Module):
 
 
 class InDecoder(Wrapper):
-    """In place of the causal attention of a Hugging Face decoder. Answers with (hidden, None), and keeps its state in
-    the model's `Cache`. Positions are ignored, a mixer has its own or none, but for the documents that they tell apart.
+    """In place of the causal attention of a Hugging Face decoder; answers with (hidden, None).
+
+    Its state is kept in the model's `Cache`. Positions are ignored, a mixer has its own or none, but for the documents
+    that they tell apart.
 
     Documents packed in a row (`mixers.adapters.masks.beginnings`) are read alone. A cache that was filled by them holds
-    a state for each; it is refused as that of the rows."""
+    a state for each; it is refused as that of the rows.
+    """
 
     reads = "forwards"
 
@@ -103,8 +110,7 @@ class InDecoder(Wrapper):
 
 
 class InEncoder(Wrapper):
-    """In place of attention in which all tokens see each other, in an encoder of Hugging Face: answers with
-    (hidden, None)."""
+    """In place of attention in which all tokens see each other, in encoders; answers with (hidden, None)."""
 
     reads = "both ways"
 
@@ -119,8 +125,10 @@ class InEncoder(Wrapper):
 
 
 class InBlock(Wrapper):
-    """In place of attention that answers with a tensor, as in timm's blocks or a class of one's own. Its mask may be
-    (T, T), (B, T, T) or (B, 1, T, T), True or 0 where a query sees a key."""
+    """In place of attention that answers with a tensor, as in timm's blocks or a class of one's own.
+
+    Its mask may be (T, T), (B, T, T) or (B, 1, T, T), True or 0 where a query sees a key.
+    """
 
     def __init__(self, mixer: Mixer, module: nn.Module, causal: bool) -> None:
         super().__init__(mixer, module)
@@ -147,8 +155,10 @@ class InBlock(Wrapper):
 
 
 class InMultiheadAttention(Wrapper):
-    """In place of nn.MultiheadAttention over one sequence; answers with (hidden, None). With `is_causal`, or a mask
-    that hides what is later, the mixer reads forwards, else both ways."""
+    """In place of nn.MultiheadAttention over one sequence; answers with (hidden, None).
+
+    With `is_causal`, or a mask that hides what is later, the mixer reads forwards, else both ways.
+    """
 
     reads = "forwards or both ways, as the mask of each call says"
 

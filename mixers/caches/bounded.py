@@ -18,8 +18,15 @@ QUERY_BLOCK = 256
 
 @dataclass
 class BoundedCache:
-    """k (R, M, K), v (R, M, V) and score (R, M) float32 of R = N * heads rows, in order of position; a score of -inf is
-    an empty place. M grows up to `limit`."""
+    """Keys and values of at most `limit` tokens in each of R = N * heads rows.
+
+    Attributes:
+        k: (R, M, K) in order of position; M grows up to `limit`.
+        v: (R, M, V).
+        score: (R, M) float32; -inf is an empty place.
+        heads: H.
+        limit: tokens that a row keeps at most.
+    """
 
     k: Tensor
     v: Tensor
@@ -67,15 +74,19 @@ class BoundedCache:
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, stored: Tensor, scores: Tensor, layout: Layout, *, scale: float
     ) -> tuple[Tensor, "BoundedCache"]:
-        """Attend from new tokens to what is kept and to themselves; (read-out (B, T, H_q, V), the cache with them).
+        """Attend from new tokens to what is kept and to themselves.
 
         Args:
             q: (B, T, H_q, K).
-            k, v: (B, T, H, .).
+            k: (B, T, H, K).
+            v: (B, T, H, V).
             stored: (B, T, H) bool.
             scores: (B, T, H) float32, by which stored tokens are kept.
             layout: of the new tokens.
             scale: factor of q.k.
+
+        Returns:
+            The read-out (B, T, H_q, V) in the dtype of q, and the cache with the new tokens.
         """
         H = k.shape[2]
         q, k, v, stored, scores = (layout.pad(x) for x in (q, k, v, stored, scores))

@@ -18,8 +18,13 @@ QUERY_BLOCK = 256
 
 @dataclass
 class Recent:
-    """The last W tokens of N sequences, stored or not: k (N, W, H, K), v (N, W, H, V), the newest last, and `seen`
-    (N, W, H) bool: False where there was no token yet or the pages hold it."""
+    """The last W tokens of N sequences, stored or not.
+
+    Attributes:
+        k: (N, W, H, K), the newest last.
+        v: (N, W, H, V).
+        seen: (N, W, H) bool: False where there was no token yet or the pages hold it.
+    """
 
     k: Tensor
     v: Tensor
@@ -106,17 +111,21 @@ class KVCache:
         window: int = 0,
         backend: str = "auto",
     ) -> tuple[Tensor, "KVCache"]:
-        """Attend from new tokens to what is kept and to themselves; (read-out (B, T, H_q, V), the cache with them).
+        """Attend from new tokens to what is kept and to themselves.
 
         Args:
             q: (B, T, H_q, K).
-            k, v: (B, T, H, .).
+            k: (B, T, H, K).
+            v: (B, T, H, V).
             stored: (B, T, H) bool; None stores every token, or with a window none for good.
             scores: not looked at: what is stored stays.
             layout: of the new tokens.
             scale: factor of q.k.
             window: tokens nearer than this are seen, stored or not.
             backend: of the attention of new tokens among themselves.
+
+        Returns:
+            The read-out (B, T, H_q, V) in the dtype of q, and the cache with the new tokens.
         """
         o = attend_new(q, k, v, stored, layout, scale=scale, window=window, backend=backend) if self.fresh else None
         if stored is None:
@@ -152,8 +161,11 @@ class KVCache:
         return o.unflatten(0, (N, H)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
     def _attend_rows(self, q, k, v, stored, real, scale: float, window: int) -> Tensor:
-        """q (R, groups, T, K) over pages, recent tokens and new ones (R, T, .): rows that hold about as much together,
-        so that one full head beside empty ones costs what it holds and no more."""
+        """q (R, groups, T, K) over pages, recent tokens and new ones (R, T, .).
+
+        Rows that hold about as much are run together, so that one full head beside empty ones costs what it holds and
+        no more.
+        """
         counts, order = self.pages.length.sort(descending=True)
         recent = None
         if self.recent is not None:
@@ -187,8 +199,11 @@ def attend_new(
 
 
 def _over(q: Tensor, held: list[tuple[Tensor, ...]], new: tuple[Tensor, ...], scale: float, window: int) -> Tensor:
-    """Rows q (r, groups, T, K) over what they hold: (k, v, exists) of the pages and perhaps of recent tokens; and over
-    new tokens (k, v, stored, real). A block of queries at a time, so that memory is bounded."""
+    """Rows q (r, groups, T, K) over what they hold and over new tokens.
+
+    `held` is (k, v, exists) of the pages and perhaps of recent tokens, `new` is (k, v, stored, real). A block of
+    queries at a time, so that memory is bounded.
+    """
     k, v, stored, real = new
     keys, values = (torch.cat([*(part[i] for part in held), x], 1) for i, x in enumerate((k, v)))
     old = keys.shape[1] - k.shape[1]

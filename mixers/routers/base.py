@@ -137,11 +137,14 @@ class Router(nn.Module):
         return None
 
     def forward(self, inputs: RouterInputs) -> Tensor | tuple[Tensor, RouterState]:
-        """Scores (B, T, H) of floating point; a token is stored in a head iff its score is above the threshold. A
-        router with `init_state` gives (scores, new state).
+        """Score tokens: a token is stored in a head iff its score is above the threshold.
 
         The score of a token may depend on that token and on earlier ones, never on later ones, and of earlier calls
         only on what `inputs.state` tells.
+
+        Returns:
+            Scores (B, T, H) of floating point, larger for what should be stored; of a router with `init_state`
+            (scores, new state).
         """
         raise NotImplementedError
 
@@ -162,8 +165,19 @@ def _where(continues: Tensor, new: RouterState, old: RouterState) -> RouterState
 
 
 def draws(seed: int, layer: int, num_heads: int, positions: Tensor) -> Tensor:
-    """Uniform draws in [0, 1), (B, T, H) float32: a mixing hash (the finaliser of SplitMix64) of what names the place,
-    so that a draw does not depend on how a sequence is split into calls."""
+    """Uniform draws that do not depend on how a sequence is split into calls.
+
+    A mixing hash (the finaliser of SplitMix64) of what names the place.
+
+    Args:
+        seed: another one gives other draws.
+        layer: index of the mixer in its model.
+        num_heads: H.
+        positions: (B, T) int64 place of every token in its sequence.
+
+    Returns:
+        (B, T, H) float32 in [0, 1).
+    """
     head = torch.arange(num_heads, device=positions.device)
     z = (positions[..., None] * 1_000_003 + head) * 1_000_003 + layer * 7_919 + seed * 104_729 + 1
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):

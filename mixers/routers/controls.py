@@ -26,10 +26,10 @@ class Random(Router):
 
 
 class Static(Random):
-    """Whole heads, a layer after the other, the first head of a layer first; where the KV usage ends within a head, a
-    random part of it.
+    """Whole heads, a layer after the other, the first head of a layer first.
 
-    With a threshold for the whole model, usage 1 / 4 of a model of four heads gives one head everything.
+    Where the KV usage ends within a head, a random part of it. With a threshold for the whole model, usage 1 / 4 of a
+    model of four heads gives one head everything.
 
     Args:
         seed: of the draws that split the last head.
