@@ -4,12 +4,12 @@ Needs triton's own compiler and the `ptxas` that it ships, and no driver. The ke
 """
 
 import contextlib
+import io
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+
+from kernels import launch
 
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """compute capability -> KiB of shared memory that a block can have"""
@@ -24,6 +24,7 @@ class Compiled:
     name: str
     capability: int
     warps: int
+    stages: int
     registers: int
     spilled: int
     shared: int
@@ -51,48 +52,48 @@ class _Driver:
 @contextlib.contextmanager
 def compile_only(capability: int) -> Iterator[list[Compiled]]:
     """Inside, launching a kernel (on CPU tensors) compiles it and runs nothing; the list holds what was compiled."""
+    from triton import knobs
     from triton.runtime import JITFunction
     from triton.runtime.driver import driver
 
     found: list[Compiled] = []
-    seen = set()
     run, active = JITFunction.run, driver._active
 
     def compile_it(self, *args, grid, warmup, **kwargs):
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if kernel.hash not in seen:
-            seen.add(kernel.hash)
-            found.append(inspect(kernel, capability))
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in _INSPECTED:
+            _INSPECTED[kernel.hash] = inspect(kernel, capability, log.getvalue())
+        if _INSPECTED[kernel.hash] not in found:
+            found.append(_INSPECTED[kernel.hash])
         return kernel
 
     JITFunction.run = compile_it
     driver.set_active(_Driver(capability))
     try:
-        yield found
+        # what ptxas says of a kernel is not in triton's cache
+        with knobs.compilation.scope(), knobs.nvidia.scope(), launch.as_if(capability):
+            knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
+            yield found
     finally:
         JITFunction.run = run
         driver._active = active
 
 
-def inspect(kernel, capability: int) -> Compiled:
-    """Reads registers and spills from ptxas, matrix instructions from the PTX."""
-    from triton import knobs
+_INSPECTED: dict[str, Compiled] = {}
 
-    ptx = kernel.asm["ptx"]
-    arch = re.search(r"\.target (\w+)", ptx)[1]
-    ptxas = (knobs.nvidia.ptxas_blackwell if capability >= 100 else knobs.nvidia.ptxas).path
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
-        command = [ptxas, "-v", f"--gpu-name={arch}", str(path), "-o", f"{folder}/kernel.cubin"]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text).groups()
-    instructions = [name for name in ("wgmma", "tcgen05.mma", "mma.sync") if name in ptx]
+
+def inspect(kernel, capability: int, log: str) -> Compiled:
+    """Reads registers and spills from what ptxas said, matrix instructions from the PTX."""
+    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log).groups()
+    instructions = [name for name in ("wgmma", "tcgen05.mma", "mma.sync") if name in kernel.asm["ptx"]]
     return Compiled(
         name=kernel.metadata.name,
         capability=capability,
         warps=kernel.metadata.num_warps,
-        registers=int(re.search(r"Used (\d+) registers", text)[1]),
+        stages=kernel.metadata.num_stages,
+        registers=int(re.search(r"Used (\d+) registers", log)[1]),
         spilled=int(stores) + int(loads),
         shared=kernel.metadata.shared,
         matrix=instructions[0].split(".")[0] if instructions else "",

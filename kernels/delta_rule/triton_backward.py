@@ -66,10 +66,10 @@ def scan_back(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, DELTA: tl.constexpr, HAS_DP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (V / BV, N, H): gradients of the states after every chunk -> d_next; w becomes W; -> d_initial."""
-    n, h = tl.program_id(1), tl.program_id(2)
+    """Grid (N * V / BV, H): gradients of the states after every chunk -> d_next; w becomes W; -> d_initial."""
+    n, block, h = tl.program_id(0) // tl.cdiv(V, BV), tl.program_id(0) % tl.cdiv(V, BV), tl.program_id(1)
     i, d = tl.arange(0, C), tl.arange(0, BK)
-    j = tl.program_id(0) * BV + tl.arange(0, BV)
+    j = block * BV + tl.arange(0, BV)
     inside = (d < K)[:, None] & (j < V)[None, :]
     cell = d[:, None] * V + j[None, :]
     dtype = k.dtype.element_ty
@@ -152,8 +152,8 @@ def gradients_k(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, DELTA: tl.constexpr, HAS_DP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (K / BK, chunks, H): dQ, dK, and what this block of K adds to dg -> dg (K / BK, T, H)."""
-    part, c, h = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Grid (chunks * K / BK, H): dQ, dK, and what this block of K adds to dg -> dg (K / BK, T, H)."""
+    c, part, h = tl.program_id(0) // tl.cdiv(K, BK), tl.program_id(0) % tl.cdiv(K, BK), tl.program_id(1)
     start, stop = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
     if start < stop:
         i, d = tl.arange(0, C), part * BK + tl.arange(0, BK)

@@ -4,6 +4,8 @@ Three launches: `prepare` (per chunk: the triangular inverse X and what needs no
 order, the writes U) and `read` (per chunk: predictions and outputs). A chunk never crosses the end of a sequence; chunk
 c spans the tokens chunks[c, 0] <= t < chunks[c, 1], and an empty one is skipped.
 
+What can be long, chunks and sequences, is on the grid's first axis: the others end at 65,535.
+
 Decays are summed in float64, since after a reset float32 would lose the small ones; all other arithmetic accumulates in
 ACC (float32; float64 for float64 inputs), and matrix products take their operands in the inputs' dtype.
 """
@@ -82,8 +84,10 @@ def strict(A, C: tl.constexpr):
 
 @triton.jit
 def sums(g, t, live, h, H):
-    """b (C,) float64, the running sum of the log-decays; it stays level past the chunk's end."""
-    return tl.cumsum(scalars_of(g, t, live, h, H).to(tl.float64), 0)
+    """b (C,) float64, the running sum of the log-decays; it stays level past the chunk's end. What decays to nothing
+    (e^-1000 is 0 in float64 too) may be -inf, whose differences would be NaN."""
+    x = scalars_of(g, t, live, h, H).to(tl.float64)
+    return tl.cumsum(tl.where(x < -1000.0, -1000.0, x), 0)
 
 
 @triton.jit
@@ -122,10 +126,10 @@ def scan(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, DELTA: tl.constexpr,
 ):  # fmt: skip
-    """Grid (V / BV, N, H): states at the start of every chunk -> starts (chunks, H, K, V); u becomes U; -> final."""
-    n, h = tl.program_id(1), tl.program_id(2)
+    """Grid (N * V / BV, H): states at the start of every chunk -> starts (chunks, H, K, V); u becomes U; -> final."""
+    n, block, h = tl.program_id(0) // tl.cdiv(V, BV), tl.program_id(0) % tl.cdiv(V, BV), tl.program_id(1)
     i, d = tl.arange(0, C), tl.arange(0, BK)
-    e = tl.program_id(0) * BV + tl.arange(0, BV)
+    e = block * BV + tl.arange(0, BV)
     inside = (d < K)[:, None] & (e < V)[None, :]
     cell = d[:, None] * V + e[None, :]
     S = tl.load(initial + (n.to(tl.int64) * H + h) * K * V + cell, mask=inside, other=0.0).to(ACC)
@@ -154,14 +158,14 @@ def read(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, PREDICT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (V / BV, chunks, H): O = scale (f Q S + Qm U) -> o (T, H, V); of the predictions P = f K S + A U, with
+    """Grid (chunks * V / BV, H): O = scale (f Q S + Qm U) -> o (T, H, V); of the predictions P = f K S + A U, with
     PREDICT 1 all -> p (T, H, V), with 2 what a block of V adds to P.V and P.P -> p (V / BV, T, H, 2), with 0 nothing.
     """
-    c, h = tl.program_id(1), tl.program_id(2)
+    c, block, h = tl.program_id(0) // tl.cdiv(V, BV), tl.program_id(0) % tl.cdiv(V, BV), tl.program_id(1)
     start, stop = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
     if start < stop:
         i, d = tl.arange(0, C), tl.arange(0, BK)
-        e = tl.program_id(0) * BV + tl.arange(0, BV)
+        e = block * BV + tl.arange(0, BV)
         t, live = start + i, start + i < stop
         D, f, _, _ = decays(sums(g, t, live, h, H), C, ACC)
         inside = (d < K)[:, None] & (e < V)[None, :]
@@ -180,7 +184,7 @@ def read(
             if PREDICT == 1:
                 put_rows(p, P, t, live, h, H, V, e)
             else:
-                at = p + ((tl.program_id(0).to(tl.int64) * T + t) * H + h) * 2
+                at = p + ((block.to(tl.int64) * T + t) * H + h) * 2
                 values = rows_of(v, t, live, h, H, V, e).to(ACC)
                 tl.store(at, tl.sum(P * values, 1), mask=live)
                 tl.store(at + 1, tl.sum(P * P, 1), mask=live)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels.delta_rule.triton_chunks import PREDICT, bounds_of
 from kernels.dispatch import interpreted
+from kernels.launch import on
 from kernels.sequences import Layout
 
 
@@ -20,8 +21,8 @@ def steps(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DELTA: tl.constexpr, PREDICT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Grid (value blocks, N * H): BV columns of one head's state through all tokens of a sequence."""
-    block, row = tl.program_id(0), tl.program_id(1)
+    """Grid (N * H * value blocks,): BV columns of one head's state through all tokens of a sequence."""
+    block, row = tl.program_id(0) % tl.cdiv(V, BV), tl.program_id(0) // tl.cdiv(V, BV)
     n, h = row // H, row % H
     i, j = tl.arange(0, BK), block * BV + tl.arange(0, BV)
     inside = (i < K)[:, None] & (j < V)[None, :]
@@ -82,11 +83,12 @@ def _steps(
     BV = min(triton.next_power_of_2(V), max(8, 4096 // BK))  # 4096 numbers of the state in a program's registers
     blocks = triton.cdiv(V, BV)
     parts = p.new_empty(blocks, *p.shape) if predict == PREDICT["statistics"] else p
-    steps[blocks, len(initial) * H](
-        q, k, v, g, beta, cu_seqlens, initial, o, parts, final, scale, T, H,
-        K=K, V=V, BK=BK, BV=BV, DELTA=delta, PREDICT=predict,
-        ACC=tl.float64 if initial.dtype == torch.float64 else tl.float32, num_warps=4,
-    )  # fmt: skip
+    with on(v):
+        steps[(len(initial) * H * blocks,)](
+            q, k, v, g, beta, cu_seqlens, initial, o, parts, final, scale, T, H,
+            K=K, V=V, BK=BK, BV=BV, DELTA=delta, PREDICT=predict,
+            ACC=tl.float64 if initial.dtype == torch.float64 else tl.float32, num_warps=4,
+        )  # fmt: skip
     return o, parts.sum(0) if predict == PREDICT["statistics"] else p, final
 
 

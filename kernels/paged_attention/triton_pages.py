@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import on
 from kernels.paged_attention.cache import PagedCache
 
 SPLITS = 16
@@ -62,10 +63,12 @@ def attend(q: Tensor, cache: PagedCache, *, scale: float) -> Tensor:
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_empty(R * G, splits, V, dtype=exact)
     top, total = (q.new_empty(R * G, splits, dtype=exact) for _ in range(2))
-    attend_kernel[(R * G, splits)](
-        q.contiguous(), cache.k, cache.v, cache.table, cache.length, out, top, total, scale, G, cache.table.shape[1],
-        **_sizes(cache.k, cache.v, q.dtype), PAGE=cache.k.shape[1], num_warps=4,
-    )  # fmt: skip
+    q, slots = q.contiguous(), cache.table.shape[1]
+    with on(q):
+        attend_kernel[(R * G, splits)](
+            q, cache.k, cache.v, cache.table, cache.length, out, top, total, scale, G, slots,
+            **_sizes(cache.k, cache.v, q.dtype), PAGE=cache.k.shape[1], num_warps=4,
+        )  # fmt: skip
     largest = top.amax(1, keepdim=True)
     fade = (top - largest.masked_fill(largest == -torch.inf, 0.0)).exp()  # 0 for a share that holds nothing
     weight = (total * fade).sum(1, keepdim=True)

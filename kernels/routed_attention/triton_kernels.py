@@ -5,6 +5,8 @@ positions by rank. Query t sees the ranks low[t] <= r < high[t] of its row (low:
 many tokens are stored up to t, or up to t - window with a local window), and with a window also every token of its
 document with t - window < j <= t. Blocks of ranks that no query of a block sees are never visited.
 
+Grids have one axis, since the others end at 65,535: blocks of a row side by side, row after row.
+
 Rows of q, k, v are (T, heads, D); a row of `index`, `low`, `high` is one per (batch, key head).
 """
 
@@ -55,8 +57,9 @@ def visible(t, j, r, low, high, start, window, near: tl.constexpr):
 @triton.jit
 def queries_of(low, high, starts, T, H, G, BM: tl.constexpr):
     """What a program's block of queries is: batch, head, key head, row, block, tokens, and what each may see."""
-    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
-    b, hq = tl.program_id(1) // (H * G), tl.program_id(1) % (H * G)
+    blocks = tl.cdiv(T, BM)
+    block = blocks - 1 - tl.program_id(0) % blocks  # the longest first
+    b, hq = tl.program_id(0) // blocks // (H * G), tl.program_id(0) // blocks % (H * G)
     h = hq // G
     row = b * H + h
     t = block * BM + tl.arange(0, BM)
@@ -85,7 +88,7 @@ def forward(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     HAS_BIAS: tl.constexpr, NEAR: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (T / BM, B * H * G): outputs -> o (B T, H G, V), log of the softmax's sum -> lse (B H G, T)."""
+    """Grid (B * H * G * T / BM,): outputs -> o (B T, H G, V), log of the softmax's sum -> lse (B H G, T)."""
     b, hq, h, row, block, t, live, lo, hi, start = queries_of(low, high, starts, T, H, G, BM)
     heads = H * G
     d, e = tl.arange(0, BK), tl.arange(0, BV)
@@ -112,7 +115,7 @@ def forward(
     some = total > 0
     put(o, acc / tl.where(some, total, 1.0)[:, None], b.to(tl.int64) * T + t, live, hq, heads, V, e)
     value = tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("inf"))  # inf: weights of exp(-inf)
-    tl.store(lse + tl.program_id(1).to(tl.int64) * T + t, value, mask=live)
+    tl.store(lse + (b * heads + hq).to(tl.int64) * T + t, value, mask=live)
 
 
 @triton.jit
@@ -127,7 +130,7 @@ def backward_q(
     d, e = tl.arange(0, BK), tl.arange(0, BV)
     queries = tile(q, b.to(tl.int64) * T + t, live, hq, heads, K, d)
     d_out = tile(do, b.to(tl.int64) * T + t, live, hq, heads, V, e)
-    at = tl.program_id(1).to(tl.int64) * T + t
+    at = (b * heads + hq).to(tl.int64) * T + t
     log_sum = tl.load(lse + at, mask=live, other=float("inf"))
     dot = tl.load(delta + at, mask=live, other=0.0)
     acc = tl.zeros((BM, BK), ACC)
@@ -151,14 +154,13 @@ def backward_kv(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     HAS_BIAS: tl.constexpr, NEAR: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (T / BN, B * H): dk, dv and d_bias of a block of stored tokens, or with NEAR of a block of positions, whose
-    gradients are added to what is there. A token's row is written by one program: there are no atomics.
-    """
-    b, h = tl.program_id(1) // H, tl.program_id(1) % H
-    row = tl.program_id(1)
+    """Grid (B * H * T / BN,): dk, dv and d_bias of a block of stored tokens, or with NEAR of a block of positions,
+    whose gradients are added to what is there. A token's row is written by one program: there are no atomics."""
+    row, block = tl.program_id(0) // tl.cdiv(T, BN), tl.program_id(0) % tl.cdiv(T, BN)
+    b, h = row // H, row % H
     heads = H * G
     count = T if NEAR else tl.load(counts + row)
-    first = tl.program_id(0) * BN
+    first = block * BN
     if first < count:
         m, d, e = tl.arange(0, BM), tl.arange(0, BK), tl.arange(0, BV)
         r, j, there = keys_at(0, count, index, row, T, first, NEAR, BN)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.dispatch import interpreted
+from kernels.launch import on, warpgroups
 from kernels.routed_attention import triton_kernels as kernels
 from kernels.sequences import Layout
 
@@ -76,13 +77,21 @@ def routed_attention(
     return _forward(q, k, v, bias, *plan(stored, layout, window), scale, window)[0]
 
 
-def blocks(K: int, V: int, dtype: torch.dtype, *, keys: bool = False, window: int = 0) -> tuple[int, int, int]:
-    """(queries, keys, warps) of a program that keeps its sums in registers; `keys`: the one that sums over queries."""
-    size = max(K, V)
-    wide = size > 128 or (keys and window and size > 64)
-    if dtype in (torch.float16, torch.bfloat16):
-        return (64, 32 if wide else 64, 8) if keys or wide else (128, 64, 8)
-    return (32, 32, 8) if wide else (64, 32, 8)
+def blocks(v: Tensor, size: int, *, keys: bool = False, window: int = 0) -> tuple[int, int, int, int]:
+    """(queries, keys, warps, stages) of a program that keeps its sums in registers and its operands in shared memory,
+    `size` the larger of K and V; `keys`: the one that sums over queries. As compiled ahead of time: nothing is tuned at
+    run time."""
+    half = v.dtype in (torch.float16, torch.bfloat16)
+    if warpgroups(v.device):
+        wide = size > 128 or (keys and window and size > 64)
+        if half:
+            return (64, 32 if wide else 64, 8, 3) if keys or wide else (128, 64, 8, 3)
+        return (32, 32, 8, 2) if wide else (64, 32, 8, 2)
+    if half and size <= 64:
+        return (64 if keys else 128, 64, 8, 2)
+    if half:
+        return (64, 32 if keys and window else 64, 8, 2) if size <= 128 else (32, 32, 8, 1)
+    return (64, 32, 8, 2) if size <= 64 else (32, 32, 8, 1) if size <= 128 else (16, 16, 4, 1)
 
 
 def _options(q: Tensor, v: Tensor, bias: Tensor | None, *, keys: bool = False, window: int = 0) -> dict:
@@ -90,7 +99,7 @@ def _options(q: Tensor, v: Tensor, bias: Tensor | None, *, keys: bool = False, w
     from triton import next_power_of_2
 
     K, V = q.shape[-1], v.shape[-1]
-    BM, BN, warps = blocks(K, V, v.dtype, keys=keys, window=window)
+    BM, BN, warps, stages = blocks(v, max(K, V), keys=keys, window=window)
     half = v.dtype in (torch.float16, torch.bfloat16)
     return dict(
         K=K,
@@ -103,6 +112,7 @@ def _options(q: Tensor, v: Tensor, bias: Tensor | None, *, keys: bool = False, w
         ACC=tl.float64 if v.dtype == torch.float64 else tl.float32,
         PRECISION="ieee" if half or v.dtype == torch.float64 or interpreted() else "tf32x3",
         num_warps=warps,
+        num_stages=stages,
     )
 
 
@@ -116,11 +126,11 @@ def _forward(
     (B, T, heads, _), H = q.shape, k.shape[2]
     o, lse = _empty(q, v)
     options = _options(q, v, bias)
-    grid = -(-T // options["BM"]), B * heads
-    kernels.forward[grid](
-        q, k, v, k if bias is None else bias, index, low, high, starts, o, lse, scale, T, H, heads // H, window,
-        **options, NEAR=window > 0,
-    )  # fmt: skip
+    with on(v):
+        kernels.forward[(-(-T // options["BM"]) * B * heads,)](
+            q, k, v, k if bias is None else bias, index, low, high, starts, o, lse, scale, T, H, heads // H, window,
+            **options, NEAR=window > 0,
+        )  # fmt: skip
     return o, lse
 
 
@@ -150,17 +160,17 @@ def _backward(
     dk, dv = (torch.zeros_like(x, dtype=lse.dtype if near else None) for x in (k, v))
     d_bias = lse.new_empty(0) if bias is None else torch.zeros_like(bias)
     some_bias = k if bias is None else bias
-    options = _options(q, v, bias)
-    kernels.backward_q[-(-T // options["BM"]), B * heads](
-        q, k, v, some_bias, index, low, high, starts, do, lse, delta, dq, scale, T, H, heads // H, window,
-        **options, NEAR=near,
-    )  # fmt: skip
-    options = _options(q, v, bias, keys=True, window=window)
-    for by_position in (False, True) if near else (False,):
-        kernels.backward_kv[-(-T // options["BN"]), B * H](
-            q, k, v, some_bias, index, counts, low, high, starts, ends, do, lse, delta, dk, dv, d_bias,
-            scale, T, H, heads // H, window, **options, NEAR=by_position,
+    options, options_kv = _options(q, v, bias), _options(q, v, bias, keys=True, window=window)
+    with on(v):
+        kernels.backward_q[(-(-T // options["BM"]) * B * heads,)](
+            q, k, v, some_bias, index, low, high, starts, do, lse, delta, dq, scale, T, H, heads // H, window,
+            **options, NEAR=near,
         )  # fmt: skip
+        for by_position in (False, True) if near else (False,):
+            kernels.backward_kv[(-(-T // options_kv["BN"]) * B * H,)](
+                q, k, v, some_bias, index, counts, low, high, starts, ends, do, lse, delta, dk, dv, d_bias,
+                scale, T, H, heads // H, window, **options_kv, NEAR=by_position,
+            )  # fmt: skip
     return dq, dk.to(k.dtype), dv.to(v.dtype), d_bias
 
 

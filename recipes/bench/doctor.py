@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kernels import delta_rule, paged_attention, routed_attention
-from kernels.dispatch import automatic, unavailable
+from kernels.dispatch import ANY_TRITON, automatic, distrusted, unavailable
 from mixers.registry import SpecError, check_positive
 from recipes.results import PACKAGES, device_name, markdown_table, stamp, write_json
 
@@ -56,6 +56,8 @@ def doctor(
     print(_backends(device), "\n", flush=True)
     for warning in known_problems(device):
         print(f"warning: {warning}")
+    if distrusted(device):
+        os.environ[ANY_TRITON] = "1"  # the checks tell
     rows = []
     for row in _checks(device, lengths or [1, 70, 300], interpret):
         rows.append(row)
@@ -73,17 +75,26 @@ def doctor(
 
 
 def _versions(device: str) -> str:
-    def installed(name: str) -> str:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return "not installed"
-
-    rows = [["python", platform.python_version()], *([name, installed(name)] for name in PACKAGES)]
+    rows = [["python", platform.python_version()], *([name, installed(name) or "not installed"] for name in PACKAGES)]
     rows.append(["device", device_name()])
     if device == "cuda":
         rows.append(["compute capability", ".".join(map(str, torch.cuda.get_device_capability()))])
+    rows.append(["assembler", " ".join(assembler(device)) or "none"])
     return markdown_table(["what", "version"], rows)
+
+
+def assembler(device: str) -> tuple[str, str] | tuple[()]:
+    """Name and version of what turns Triton's kernels into machine code; empty without Triton."""
+    if not installed("triton"):
+        return ()
+    from triton import knobs
+
+    blackwell = device == "cuda" and torch.cuda.get_device_capability()[0] >= 10
+    name = "ptxas_blackwell" if blackwell else "ptxas"
+    try:
+        return name, getattr(knobs.nvidia, name).version
+    except RuntimeError:  # triton finds none
+        return ()
 
 
 def _backends(device: str) -> str:
@@ -96,14 +107,27 @@ def _backends(device: str) -> str:
     return markdown_table(["operation", "backend", f"on {device}"], rows)
 
 
+def installed(name: str) -> str:
+    """Version of a package; empty if it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
 def known_problems(device: str) -> Iterator[str]:
     """Combinations of versions that are known to compute wrong results."""
-    try:
-        fla, triton = version("flash-linear-attention"), version("triton")
-    except PackageNotFoundError:
+    if reason := distrusted(device):
+        yield f"{reason}; the checks below run it"
+    if device != "cuda" or torch.cuda.get_device_capability()[0] != 9:
         return
-    hopper = device == "cuda" and torch.cuda.get_device_capability()[0] == 9
-    if hopper and tuple(map(int, triton.split(".")[:2])) >= (3, 4):
+    if (found := assembler(device)) and found[1] in ("12.8", "12.9"):
+        yield (
+            f"{' '.join(found)} assembles the kernels: of it wrong results on Hopper are on record, of products whose "
+            "operands are in registers (triton issue 11781); TRITON_PTXAS_PATH names another"
+        )
+    fla, triton = installed("flash-linear-attention"), installed("triton")
+    if fla and triton and tuple(map(int, triton.split(".")[:2])) >= (3, 4):
         yield (
             f"fla {fla} with triton {triton} on Hopper: some of fla's versions give wrong gradients here (fla issues "
             "640 and 984); its check below says whether this one does. Backend 'triton' is our own"

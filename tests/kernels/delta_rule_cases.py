@@ -55,6 +55,7 @@ def make(
         "slow": -1e-3 * normal(*heads).exp(),
         "reset": -1e4 * (torch.rand(heads, generator=draw) > 0.7),
         "fast": torch.full(heads, -1e4),
+        "nothing left": torch.where(torch.rand(heads, generator=draw) > 0.7, -torch.inf, -normal(*heads).exp()),
     }[decay]
     strength = {"any": normal(*heads).sigmoid(), "0": torch.zeros(heads), "1": torch.ones(heads)}[beta]
     state = normal(N or B, H * groups, K, V)

@@ -68,7 +68,7 @@ shapes = st.fixed_dictionaries(
 def small_chunks():
     """Chunks of 32 in the Triton kernels: more of them in as many tokens."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_chunks, "chunk_size", lambda K, V: 32)
+        patch.setattr(triton_chunks, "chunk_size", lambda *size: 32)
         yield
 
 
@@ -144,6 +144,24 @@ class TestAgainstTheDefinition:
             assert_close(one, other, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("bounds", [None, [0, 1, 33, 70]], ids=str)
+def test_a_decay_of_minus_infinity_leaves_nothing(backend, bounds):
+    """Its gradient is zero, as in the definition; what is no number stays none."""
+    inputs = make(T=70, decay="nothing left", N=3 if bounds else 1)
+    ends = torch.tensor([0, 69])
+    inputs["g"] = inputs["g"].detach().index_fill(1, ends, -torch.inf).requires_grad_()
+    gone = inputs["g"].isneginf()
+    assert 4 < gone.sum() < gone.numel()
+    options = {"cu_seqlens": None if bounds is None else torch.tensor(bounds)}
+    ours = run(inputs, backend=backend, **options)
+    compare(ours, run(inputs, backend="naive", **options), 1e-9)
+    assert ours["gradient of g"][gone].abs().max() < 1e-12
+    inputs["g"] = inputs["g"].detach().clone()
+    inputs["g"][0, 40] = torch.nan
+    assert gated_delta_rule(**inputs, backend=backend, **options)[0][0, 40].isnan().all()
+
+
 def test_a_reset_forgets_and_what_follows_is_exact():
     """After a log-decay of -1e4 single precision could no longer tell the small decays that follow apart."""
     inputs = make(B=1, T=16, decay="slow")
@@ -189,8 +207,8 @@ def test_the_operator_is_sound(small_chunks):
     """Fake tensors, autograd registration and aliasing, as torch.compile and FSDP rely on them."""
     q, k, v, g, beta, state = (x.detach().float().requires_grad_() for x in make(T=20, H=1, K=4, V=4).values())
     flat = (x[0] for x in (q, k, v, g, beta))
-    bounds = torch.tensor([0, 20], dtype=torch.int32)
-    torch.library.opcheck(torch.ops.lightning_mixers.gated_delta_rule, (*flat, state, bounds, 0.5, True, 1))
+    tables = triton_chunks.chunk_tables(torch.tensor([0, 20], dtype=torch.int32), 20, 32)
+    torch.library.opcheck(torch.ops.lightning_mixers.gated_delta_rule, (*flat, state, *tables, 32, 0.5, True, 1))
 
 
 @pytest.mark.parametrize("delta", [True, False])

@@ -41,6 +41,14 @@ def test_several_blocks_of_values():
             assert_close(one, other, rtol=0, atol=1e-11)
 
 
+def test_a_decay_of_minus_infinity_leaves_nothing():
+    inputs = {name: x.detach() for name, x in make(T=9, decay="nothing left").items()}
+    assert inputs["g"].isneginf().any()
+    ours = gated_delta_rule(**inputs, backend="triton_recurrent")
+    for one, other in zip(ours, gated_delta_rule(**inputs, backend="naive"), strict=True):
+        assert_close(one, other, rtol=0, atol=1e-12)
+
+
 def test_auto_takes_it_for_short_calls_without_a_gradient(monkeypatch):
     monkeypatch.setitem(dispatch.PREFERENCE, "cpu", ("triton", "torch"))
 

@@ -114,7 +114,7 @@ def test_usages_even_and_skewed(path, usages):
 def in_triton(no_stale_memory):
     """Small blocks, so that there are several."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_ranked, "blocks", lambda *args, **kw: (16, 16, 4))
+        patch.setattr(triton_ranked, "blocks", lambda *args, **kw: (16, 16, 4, 1))
         yield {"backend": "triton", "tolerance": 1e-11}
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kernels.ahead_of_time import SHARED_MEMORY
+from kernels.dispatch import ANY_TRITON
 from recipes.bench import doctor as module
 
 
@@ -51,10 +52,24 @@ def test_a_wrong_backend_is_found(run, monkeypatch, wrong):
         assert "RuntimeError: no kernel image" in failed[0]
 
 
+@pytest.mark.parametrize(("ptxas", "warned"), [("12.8", True), ("12.9", True), ("13.1", False)])
+def test_it_tells_which_assembler_runs(run, monkeypatch, ptxas, warned):
+    from triton import knobs
+
+    result = run("doctor --lengths [1]")
+    (line,) = [line for line in result.out.splitlines() if "assembler" in line]
+    assert f"ptxas {knobs.nvidia.ptxas.version}" in line
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(module, "assembler", lambda device: ("ptxas", ptxas))
+    warnings = " ".join(module.known_problems("cuda"))
+    assert (f"ptxas {ptxas} assembles the kernels" in warnings) == warned
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 1000, 4096])
-def test_every_backend_on_the_gpu(T):
+def test_every_backend_on_the_gpu(T, monkeypatch):
     """In float32, bfloat16 and float16, at the head sizes that models have."""
+    monkeypatch.setenv(ANY_TRITON, "1")
     rows = list(module._checks("cuda", [T], False, head_dims=(16, 64, 128, 256)))
     assert {row["backend"] for row in rows} >= {"torch", "triton"}
     assert [row for row in rows if not row["ok"]] == []

@@ -1,0 +1,48 @@
+"""What the Triton kernels of the delta rule are compiled for: chunks, tiles, warps and stages, by GPU, dtype and size.
+
+Nothing is tuned at run time: these are what compiling ahead of time (`python -m recipes doctor --compile`) showed to
+fit into shared memory, with few registers spilled.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import interpreted
+from kernels.launch import warpgroups
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def chunk_size(dtype: torch.dtype, K: int, V: int, device: torch.device) -> int:
+    """Tokens of a chunk: as many as the registers and the shared memory of a program hold."""
+    size = max(K, V)
+    if dtype in HALF:
+        return 64 if warpgroups(device) and size <= 128 else 32
+    return 32 if size <= (128 if warpgroups(device) else 64) else 16
+
+
+def constants(v: Tensor, K: int, C: int) -> dict:
+    """What the kernels have in common: sizes, blocks, precision."""
+    import triton.language as tl
+    from triton import next_power_of_2
+
+    V = v.shape[-1]
+    exact = v.dtype == torch.float64 or interpreted()
+    return dict(
+        K=K,
+        V=V,
+        BK=max(16, next_power_of_2(K)),
+        BV=min(64 if v.dtype in HALF else 32, max(16, next_power_of_2(V))),
+        C=C,
+        ACC=tl.float64 if v.dtype == torch.float64 else tl.float32,
+        PRECISION="ieee" if exact else "tf32" if v.dtype in HALF else "tf32x3",
+    )
+
+
+def fit(kernel: str, v: Tensor, K: int) -> dict:
+    """Warps of a program, so that its registers hold its tiles, and stages of its loops, whose operands are in shared
+    memory at once."""
+    large = max(K, v.shape[-1]) > 128
+    heavy = kernel == "scan_back" and warpgroups(v.device)  # keeps several (C, K) sums
+    small = v.dtype in HALF and warpgroups(v.device) and not large
+    return dict(num_warps=8 if heavy or large else 4, num_stages=3 if small else 2)
