@@ -9,6 +9,8 @@ from setuptools.command.build_py import build_py
 
 
 class BuildPy(build_py):
+    """Builds all modules but `kernels/__init__.py`."""
+
     def build_module(self, module, module_file, package):
         if (package, module) != ("kernels", "__init__"):
             return super().build_module(module, module_file, package)

@@ -43,7 +43,12 @@ class Layout:
 
     @classmethod
     def of(cls, cu_seqlens: "Tensor | Layout | None", x: Tensor) -> "Layout":
-        """The layout of x (B, T, ...): the one given, or a new one.
+        """The layout of a tensor: the one given, or a new one.
+
+        Args:
+            cu_seqlens: (N + 1,) bounds of the sequences packed in the one row, a layout, or None for a sequence in each
+                row.
+            x: (B, T, ...).
 
         Raises:
             ValueError: `cu_seqlens` does not rise from 0 to T, or B is not 1; a layout of another shape.
@@ -57,6 +62,7 @@ class Layout:
 
     @property
     def packed(self) -> bool:
+        """Whether sequences lie end to end in one row."""
         return self.cu_seqlens is not None
 
     def __len__(self) -> int:
@@ -114,9 +120,15 @@ def _checked(bounds: list[int], batch: int, tokens: int) -> list[int]:
 
 
 def like_sizes(counts: list[int]) -> list[int]:
-    """Lengths of the runs of like counts in a descending list: padding a run to its longest costs little.
+    """Lengths of the runs of like counts: padding a run to its longest costs little.
 
     A count joins a run if it is up to LIKE_SIZE times and 16 smaller than the largest of the run.
+
+    Args:
+        counts: in descending order.
+
+    Returns:
+        Lengths that add up to that of `counts`.
     """
     sizes, first = [], None
     for count in counts:

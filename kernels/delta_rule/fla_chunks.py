@@ -17,8 +17,10 @@ def gated_delta_rule(
     layout: Layout,
     delta: bool,
 ) -> tuple[Tensor, None, Tensor]:
-    """Shapes as in `kernels.delta_rule.gated_delta_rule`; float16, bfloat16 or float32. Raises ValueError for the
-    additive rule.
+    """Shapes as in `kernels.delta_rule.gated_delta_rule`; float16, bfloat16 or float32.
+
+    Raises:
+        ValueError: the additive rule is asked for.
     """
     if not delta:
         raise ValueError("backend 'fla' of delta_rule runs the delta rule, not the additive rule of linear attention")

@@ -43,7 +43,17 @@ class PagedCache:
     def empty(
         cls, rows: int, key_dim: int, value_dim: int, *, pages: int = 0, slots: int = 0, dtype: torch.dtype, device=None
     ) -> "PagedCache":
-        """A cache for up to `slots * PAGE` tokens a row and `pages * PAGE` in all, which may grow."""
+        """A cache without entries, which may grow.
+
+        Args:
+            rows: R.
+            key_dim: K.
+            value_dim: V.
+            pages: of PAGE tokens each, that the pool holds at first.
+            slots: pages that a row's table has room for at first.
+            dtype: of keys and values.
+            device: of all tensors.
+        """
         like = dict(dtype=dtype, device=device)
         ints = dict(dtype=torch.int32, device=device)
         return cls(
@@ -65,8 +75,12 @@ class PagedCache:
         )
 
     def reserve(self, tokens: int | Tensor) -> "PagedCache":
-        """A cache with places for `tokens` more in every row, or for (R,) numbers of them: this one, or a larger one.
+        """A cache with places for more tokens: this one, or a larger one.
+
         Waits for the device, so call it once for many steps.
+
+        Args:
+            tokens: more in every row, or (R,) int numbers of them.
         """
         if not len(self.length):
             return self
@@ -90,11 +104,16 @@ class PagedCache:
         return self
 
     def append(self, k: Tensor, v: Tensor, stored: Tensor) -> "PagedCache":
-        """The cache with more tokens: k (R, T, K) and v (R, T, V) where `stored` (R, T) is True, in order.
+        """The cache with more tokens.
 
         Of several tokens a row the device is asked how many are stored, so that there are pages for those and no more.
         One token a row is appended without asking, but for every PAGE-th time: each row then gets a page in reserve, as
         soon as any stores something.
+
+        Args:
+            k: (R, T, K).
+            v: (R, T, V).
+            stored: (R, T) bool, which of them to append, in order.
         """
         T = stored.shape[1]
         if not stored.numel() or (T == 1 and self.reserved < 1 and not stored.any()):
@@ -162,13 +181,20 @@ class PagedCache:
         )
 
     def rows(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What some rows (n,) int64 hold, in order: keys (n, M, K), values (n, M, V) and which are there (n, M)."""
+        """What some rows hold.
+
+        Args:
+            rows: (n,) int64.
+
+        Returns:
+            Keys (n, M, K) and values (n, M, V) in order, and which of the places hold a token, (n, M) bool.
+        """
         length = self.length[rows]
         most = int(length.max()) if len(length) else 0
         pages = self.table[rows, : -(-most // PAGE)].long()
-        there = torch.arange(most, device=length.device) < length[:, None]
+        exists = torch.arange(most, device=length.device) < length[:, None]
         k, v = (x[pages].flatten(1, 2)[:, :most] for x in (self.k, self.v))
-        return k, v, there
+        return k, v, exists
 
     def map(self, function) -> "PagedCache":
         """`function` applied to every tensor."""

@@ -35,9 +35,9 @@ def check_batch(batch: Any, *, answers: tuple[str, ...], vocab_size: int, num_cl
     if not isinstance(batch, Mapping):
         raise SpecError(f"{expected}; got a {type(batch).__name__} (lit_modules.data says more)")
     if not set(required) <= set(batch) <= {*required, *OPTIONAL}:
-        how = " Of Hugging Face's batches, lit_modules.data.batches.from_hugging_face makes such ones."
+        hint = " Of Hugging Face's batches, lit_modules.data.batches.from_hugging_face makes such ones."
         keys = ", ".join(map(str, batch)) or "nothing"
-        raise SpecError(f"{expected}; got {keys} (lit_modules.data says more).{how if THEIRS & set(batch) else ''}")
+        raise SpecError(f"{expected}; got {keys} (lit_modules.data says more).{hint if THEIRS & set(batch) else ''}")
     tokens = batch["tokens"]
     if not (isinstance(tokens, Tensor) and tokens.ndim == 2 and tokens.numel()):
         raise SpecError(f"tokens must be int64 (B, T), got {_described(tokens)}")
@@ -81,6 +81,9 @@ def from_hugging_face(batch: Mapping[str, Tensor]) -> Batch:
     Args:
         batch: ``input_ids`` and ``labels`` (B, T) integers, -100 where nothing is asked; ``attention_mask`` (B, T),
             optional, 1 at real tokens.
+
+    Returns:
+        ``tokens`` and ``targets`` (B, T) int64, and ``padding_mask`` (B, T) bool where there was a mask.
 
     Raises:
         SpecError: other keys. What they say (``position_ids``: of packed documents) would be lost.

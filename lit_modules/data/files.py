@@ -50,12 +50,12 @@ def find_files(paths: list[str] | str | None) -> list[Path]:
         else:
             files = [path]
         if not files:
-            _say_skipped(problems)
+            _report_skipped(problems)
             raise SpecError(f"data path '{path}' has no files in it that could be read as text")
         if not sum(file.stat().st_size for file in files):
             raise SpecError(f"data path '{path}' is empty: there is no text to train on")
         found += files
-    _say_skipped(problems)
+    _report_skipped(problems)
     return list(dict.fromkeys(found))
 
 
@@ -134,7 +134,7 @@ def read_texts(files: list[Path], *, max_bytes: int, text_field: str = "text") -
                 problems[file] = error.strerror or str(error)
             if size >= max_bytes:
                 break
-    _say_skipped(problems)
+    _report_skipped(problems)
     if not texts:
         raise SpecError(f"no text in {len(files)} files, such as '{files[0]}': each is empty or binary")
     return [texts[key] for key in sorted(texts)]
@@ -168,24 +168,31 @@ def _field(line: bytes, text_field: str, place: str) -> bytes:
 
 
 @rank_zero_only
-def _say_skipped(problems: dict[Path, str]) -> None:
+def _report_skipped(problems: dict[Path, str]) -> None:
     for path, problem in list(problems.items())[:SHOWN]:
-        _say(f"skipped {path}: {problem}")
+        _print_once(f"skipped {path}: {problem}")
     if len(problems) > SHOWN:
-        _say(f"skipped {len(problems) - SHOWN} more such files")
+        _print_once(f"skipped {len(problems) - SHOWN} more such files")
 
 
 @cache  # several modules may read the same text
-def _say(line: str) -> None:
+def _print_once(line: str) -> None:
     print(line, file=sys.stderr)
 
 
 def split_texts(texts: list[bytes], *, held_out: float) -> dict[str, list[bytes]]:
-    """Splits into train, validation and test; a share ``held_out`` goes to each of the last two.
+    """Splits into train, validation and test.
 
     Whole files go to one split, by a hash of their content, so that neither a copy nor another order of files moves
     text from one split to another. Fewer than 50 files are too few for that: each is cut instead, its beginning for
     training, then validation, then test.
+
+    Args:
+        texts: one for each document.
+        held_out: share of the text in each of the last two, in (0, 0.5).
+
+    Returns:
+        The texts of each split, of two bytes at least, by its name.
     """
     splits: dict[str, list[bytes]] = {"train": [], "validation": [], "test": []}
     for text in texts:

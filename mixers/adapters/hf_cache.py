@@ -12,8 +12,13 @@ from mixers.state import MixerState, kv_cache_bytes, state_bytes
 def layer_of(cache: Any, index: int | None, owner: Any) -> Any:
     """The layer of a cache that belongs to a swapped mixer, made when it is first asked for.
 
+    Args:
+        cache: Hugging Face's `Cache`.
+        index: of the layer in its model.
+        owner: the module that asks; no other may ask for the same layer.
+
     Raises:
-        ValueError: the cache was filled by another model.
+        ValueError: the cache was filled by another model, or there is no index.
     """
     if index is None:
         raise ValueError("a cache was given to a layer without layer_idx")

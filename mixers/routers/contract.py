@@ -19,7 +19,11 @@ def name_of(part: Any) -> str:
 
 
 def score(router: Router, inputs: RouterInputs) -> tuple[Tensor, RouterState | None]:
-    """A router's scores (B, T, H) and its new state. Raises SpecError if they are of another kind than that."""
+    """A router's scores (B, T, H) and its new state, None if it has none.
+
+    Raises:
+        SpecError: they are of another kind than that.
+    """
     before = inputs.state
     given, stateful = router(inputs), before is not None
     if stateful and not (isinstance(given, tuple) and len(given) == 2):
