@@ -123,7 +123,8 @@ def _gradients(ctx, saved, d_o: Tensor | None, d_p: Tensor | None, d_final: Tens
 def _decays(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """D (., 2 C, C), f (., 2 C, 1) and e (., C, 1). b is summed in double: after a reset (g very negative) float32
     would lose the small decays that follow. What decays to nothing (e^-1000 is 0 in double too) may be -inf, whose
-    differences would be NaN."""
+    differences would be NaN.
+    """
     b = g.double().clamp(min=-1000).cumsum(1)
     D = (b - b.mT).to(g.dtype).clamp_(max=0).exp_()  # beyond the diagonal it could overflow
     own = torch.ones_like(D[0]).tril()

@@ -85,7 +85,8 @@ def strict(A, C: tl.constexpr):
 @triton.jit
 def sums(g, t, live, h, H):
     """b (C,) float64, the running sum of the log-decays; it stays level past the chunk's end. What decays to nothing
-    (e^-1000 is 0 in float64 too) may be -inf, whose differences would be NaN."""
+    (e^-1000 is 0 in float64 too) may be -inf, whose differences would be NaN.
+    """
     x = scalars_of(g, t, live, h, H).to(tl.float64)
     return tl.cumsum(tl.where(x < -1000.0, -1000.0, x), 0)
 

@@ -41,7 +41,8 @@ def constants(v: Tensor, K: int, C: int) -> dict:
 
 def fit(kernel: str, v: Tensor, K: int) -> dict:
     """Warps of a program, so that its registers hold its tiles, and stages of its loops, whose operands are in shared
-    memory at once."""
+    memory at once.
+    """
     large, half, hopper = max(K, v.shape[-1]) > 128, v.dtype in HALF, warpgroups(v.device)
     heavy = kernel == "scan_back" and hopper  # keeps several (C, K) sums
     stages = 3 if half and hopper and not large else 2 if half or hopper or not large else 1

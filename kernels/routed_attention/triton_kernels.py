@@ -155,7 +155,8 @@ def backward_kv(
     HAS_BIAS: tl.constexpr, NEAR: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * H * T / BN,): dk, dv and d_bias of a block of stored tokens, or with NEAR of a block of positions,
-    whose gradients are added to what is there. A token's row is written by one program: there are no atomics."""
+    whose gradients are added to what is there. A token's row is written by one program: there are no atomics.
+    """
     row, block = tl.program_id(0) // tl.cdiv(T, BN), tl.program_id(0) % tl.cdiv(T, BN)
     b, h = row // H, row % H
     heads = H * G

@@ -80,7 +80,8 @@ def routed_attention(
 def blocks(v: Tensor, size: int, *, keys: bool = False, window: int = 0) -> tuple[int, int, int, int]:
     """(queries, keys, warps, stages) of a program that keeps its sums in registers and its operands in shared memory,
     `size` the larger of K and V; `keys`: the one that sums over queries. As compiled ahead of time: nothing is tuned at
-    run time."""
+    run time.
+    """
     half = v.dtype in (torch.float16, torch.bfloat16)
     if warpgroups(v.device):
         wide = size > 128 or (keys and window and size > 64)

@@ -1,5 +1,6 @@
 """Every Triton kernel compiled for GPUs that are not there, and a table of what each would take of one."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,69 +11,112 @@ from kernels.ahead_of_time import SHARED_MEMORY, compile_only
 from mixers.registry import SpecError
 from recipes.results import markdown_table
 
-HEAD_DIMS = (64, 128)
+DTYPES = ("bfloat16", "float16", "float32")
+HEADER = [
+    "kernel",
+    "dtype",
+    "sm",
+    "K = V",
+    "warps",
+    "stages",
+    "registers",
+    "bytes spilled",
+    "shared KiB",
+    "of",
+    "matrix",
+]
 
 
-def compile_all(capabilities: list[int], folder: Path | None) -> list[dict[str, Any]]:
-    """Compiles for K = V = 64 and 128 in bfloat16; prints the table, and writes it as aot.md into `folder`."""
-    for capability in capabilities:
-        if capability not in SHARED_MEMORY:
-            raise SpecError(f"unknown compute capability {capability}; known: {', '.join(map(str, SHARED_MEMORY))}")
-    rows = [row for capability in capabilities for K in HEAD_DIMS for row in compile_for(capability, K)]
-    header = ["kernel", "capability", "K = V", "warps", "registers", "bytes spilled", "shared KiB", "of", "matrix"]
+def compile_all(
+    capabilities: list[int], dtypes: list[str], head_dims: list[int], folder: Path | None
+) -> list[dict[str, Any]]:
+    """Compile for every GPU, dtype and K = V; prints the table, and writes it as aot.md into `folder`.
+
+    Returns:
+        A row for every kernel, `ok` being whether its shared memory fits.
+
+    Raises:
+        SpecError: an unknown compute capability or dtype.
+    """
+    for what, given, known in (
+        ("compute capability", capabilities, tuple(SHARED_MEMORY)),
+        ("dtype", dtypes, DTYPES),
+    ):
+        for value in given:
+            if value not in known:
+                raise SpecError(f"unknown {what} {value}; known: {', '.join(map(str, known))}")
+    combinations = [(c, d, K) for d in dtypes for c in capabilities for K in head_dims]
+    rows = [row for c, d, K in combinations for row in compile_for(c, K, getattr(torch, d))]
     lines = [
         [
             f"{row['operation']} {row['name']}",
-            *(str(row[key]) for key in ("capability", "K", "warps", "registers", "spilled")),
-            f"{row['shared'] / 1024:.0f}",
+            *(str(row[key]) for key in ("dtype", "capability", "K", "warps", "stages", "registers", "spilled")),
+            f"{row['shared'] / 1024:.0f}" + ("" if row["ok"] else " (too much)"),
             str(SHARED_MEMORY[row["capability"]]),
             row["matrix"] or "none",
         ]
         for row in rows
     ]
-    table = markdown_table(header, lines)
-    print(f"\nkernels in bfloat16, compiled ahead of time:\n\n{table}")
+    table = markdown_table(HEADER, lines)
+    print(f"\nkernels compiled ahead of time:\n\n{table}")
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "aot.md").write_text(table + "\n")
     return rows
 
 
-def compile_for(capability: int, K: int) -> list[dict[str, Any]]:
-    """What every launch of the operations compiles to, forward and backward. Decoding is bound by memory and uses no
-    matrix instructions."""
+def compile_for(capability: int, K: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """What every launch of the operations compiles to, forward and backward, with a gradient of the prediction and
+    without, with a window and without. Decoding is bound by memory and uses no matrix instructions.
+    """
+    rows = []
+    for operation, launch in _launches(K, dtype):
+        with compile_only(capability) as found:
+            launch()
+        for kernel in found:
+            fits = kernel.shared <= SHARED_MEMORY[capability] * 1024
+            row = {"operation": operation, "dtype": str(dtype).split(".")[1], "K": K} | asdict(kernel) | {"ok": fits}
+            if {**row, "operation": ""} not in [{**other, "operation": ""} for other in rows]:
+                rows.append(row)
+    return rows
+
+
+def _launches(K: int, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
     from kernels.delta_rule import triton_chunks, triton_recurrent
     from kernels.paged_attention import PagedCache, triton_pages
     from kernels.routed_attention import triton_ranked
     from kernels.sequences import Layout
 
     B, T, H = 1, 256, 2
-    rows = []
 
-    def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.randn(*shape, dtype=dtype).requires_grad_()
 
-    with compile_only(capability) as found:
-        q, k, v = (draw(B, T, H, K) for _ in range(3))
-        g, beta = draw(B, T, H, dtype=torch.float32), draw(B, T, H, dtype=torch.float32)
-        state = draw(B, H, K, K, dtype=torch.float32)
-        options = dict(scale=1.0, initial_state=state, layout=Layout.of(None, v), delta=True)
-        o, p, _ = triton_chunks.gated_delta_rule(q, k, v, g, beta, **options)
-        (o.float().sum() + p.sum()).backward()
-    rows += [{"operation": "delta_rule", "K": K} | asdict(kernel) for kernel in found]
+    q, k, v = (draw(B, T, H, K, dtype=dtype) for _ in range(3))
+    g, beta, state = draw(B, T, H), draw(B, T, H), draw(B, H, K, K)
     stored = torch.rand(B, T, H) < 0.5
-    for window in (0, 64):
-        with compile_only(capability) as found:
-            options = dict(scale=1.0, layout=Layout.of(None, v), window=window)
-            triton_ranked.routed_attention(q, k, v, stored, None, **options).float().sum().backward()
-        name = "routed_attention" + (" (window)" if window else "")
-        rows += [{"operation": name, "K": K} | asdict(kernel) for kernel in found]
-    with torch.no_grad(), compile_only(capability) as found:
+    layout = Layout.of(None, v)
+
+    def delta_rule(predict: str) -> None:
+        options = dict(scale=1.0, initial_state=state, layout=layout, delta=True, predict=predict)
+        o, p, _ = triton_chunks.gated_delta_rule(q, k, v, g, beta, **options)
+        (o.float().sum() + (p.sum() if p is not None and p.requires_grad else 0)).backward()
+
+    def routed(window: int) -> None:
+        o = triton_ranked.routed_attention(q, k, v, stored, None, scale=1.0, layout=layout, window=window)
+        o.float().sum().backward()
+
+    @torch.no_grad()
+    def decode() -> None:
         token = [x[:, :1].detach() for x in (q, k, v, g, beta)]
         options = dict(scale=1.0, initial_state=state.detach(), layout=Layout.of(None, token[0]), delta=True)
         for predict in ("none", "values", "statistics"):
             triton_recurrent.gated_delta_rule(*token, **options, predict=predict)
-        cache = PagedCache.empty(B * H, K, K, pages=4, slots=2, dtype=torch.bfloat16)
+        cache = PagedCache.empty(B * H, K, K, pages=4, slots=2, dtype=dtype)
         triton_pages.attend(token[0][:, 0].transpose(0, 1), cache, scale=1.0)
-    rows += [{"operation": "decode", "K": K} | asdict(kernel) for kernel in found]
-    return rows
+
+    yield "delta_rule (gradient of the prediction)", lambda: delta_rule("values")
+    yield "delta_rule (statistics)", lambda: delta_rule("statistics")
+    yield "routed_attention", lambda: routed(0)
+    yield "routed_attention (window)", lambda: routed(64)
+    yield "decode", decode

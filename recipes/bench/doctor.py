@@ -32,6 +32,8 @@ Tensors = dict[str, torch.Tensor]
 def doctor(
     interpret: bool = False,
     compile: list[int] | None = None,
+    dtypes: list[str] | None = None,
+    head_dims: list[int] | None = None,
     lengths: list[int] | None = None,
     out: str = "",
 ) -> int:
@@ -42,13 +44,18 @@ def doctor(
     Args:
         interpret: check the Triton kernels too where there is no GPU, in Triton's interpreter (a minute or two).
         compile: compute capabilities, such as 90, to compile every Triton kernel for, without a GPU: a table of their
-            registers, spills, shared memory and matrix instructions.
+            registers, spills, shared memory and matrix instructions. What does not fit counts as a failed check.
+        dtypes: what to compile for: bfloat16 (the default), float16, float32.
+        head_dims: K = V to compile for. Default: 64 and 128.
         lengths: tokens T of the checks. Default: 1, 70 and 300.
         out: folder for doctor.json and, with --compile, aot.md.
     """
     if interpret and compile:
         raise SpecError("--interpret and --compile exclude each other: interpreted kernels are not compiled")
+    if (dtypes or head_dims) and not compile:
+        raise SpecError("--dtypes and --head_dims are of what --compile compiles; give --compile too")
     check_positive(**{f"lengths[{i}]": length for i, length in enumerate(lengths or [])})
+    check_positive(**{f"head_dims[{i}]": K for i, K in enumerate(head_dims or [])})
     if interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is first imported
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,12 +69,14 @@ def doctor(
     for row in _checks(device, lengths or [1, 70, 300], interpret):
         rows.append(row)
         print(_line(row), flush=True)
-    bad = [row for row in rows if not row["ok"]]
-    report: dict[str, Any] = stamp() | {"checks": rows}
+    report: dict[str, Any] = stamp() | {"checks": list(rows)}
     if compile:
         from recipes.bench.ahead_of_time import compile_all
 
-        report["compiled"] = compile_all(compile, Path(out) if out else None)
+        sizes = dtypes or ["bfloat16"], head_dims or [64, 128]
+        report["compiled"] = compile_all(compile, *sizes, Path(out) if out else None)
+        rows += report["compiled"]
+    bad = [row for row in rows if not row["ok"]]
     if out:
         write_json(Path(out) / "doctor.json", report)
     print(f"\n{len(rows) - len(bad)} of {len(rows)} checks passed: " + ("NOT WELL" if bad else "all well"))
