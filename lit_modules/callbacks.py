@@ -185,7 +185,12 @@ class SampleText(pl.Callback):
     def _from_validation(trainer: pl.Trainer) -> Tensor:
         """The first bytes of the longest piece of text in the first validation batch, (1, T)."""
         batch = next(iter(trainer.datamodule.val_dataloader()))
-        return batch["tokens"][:, longest_document(batch["cu_seqlens"])][:, :PROMPT_BYTES]
+        tokens, mask = batch["tokens"], batch.get("padding_mask")
+        if "cu_seqlens" in batch:
+            tokens = tokens[:, longest_document(batch["cu_seqlens"])]
+        elif mask is not None:
+            tokens = tokens[longest := int(mask.sum(1).argmax())][mask[longest]][None]
+        return tokens[:1, :PROMPT_BYTES]
 
 
 class NextSteps(pl.Callback):

@@ -92,15 +92,17 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     from mixers.registry import SpecError
-    from recipes.messages import show_warning
+    from recipes.messages import end_bars, show_warning
 
     warnings.showwarning = show_warning
     try:
         return run(argv[0], argv[1:])
     except (SpecError, argparse.ArgumentError) as error:
+        end_bars()
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder that may not be written
+        end_bars()
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         return 2

@@ -29,7 +29,7 @@ from recipes.checkpoint.opening import RUNS, open_checkpoint
 from recipes.checkpoint.saved import LINKED, Saved
 from recipes.composition import PARTS, all_settings, class_path, setting
 from recipes.interrupt import stopping_between_steps
-from recipes.limits import check_limits
+from recipes.limits import check_limits, check_usages
 from recipes.messages import one_line, program
 from recipes.results import written_whole
 from recipes.run_folder import RunFolder
@@ -93,6 +93,8 @@ class RecipeCLI(LightningCLI):
             config = self._parse_over_checkpoint(command, path)
         else:
             config = self._parse(command, [_config(self.given.recipe()), *self.given.args()])
+            if mixer := config.model.get("init_args", {}).get("mixer"):
+                check_usages(mixer)
         check_limits(config)
         self._write_out_names(config)
         plugins.note(config.as_dict())

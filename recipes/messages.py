@@ -43,6 +43,13 @@ def one_line(message: str, known: Iterable[str] = ()) -> str:
     return f"{key}: {text}" if key else text
 
 
+def end_bars() -> None:
+    """Ends the progress bars that an error left behind, so that what is said next has a line of its own."""
+    if "tqdm" in sys.modules:
+        for bar in list(sys.modules["tqdm"].tqdm._instances):
+            bar.close()
+
+
 def show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
     """For `warnings.showwarning`: one line on stderr, above a progress bar if there is one."""
     text = f"warning: {' '.join(str(message).split())}"

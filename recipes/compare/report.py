@@ -21,7 +21,9 @@ def report(rows: list[Row], settings: dict[str, Any], folder: Path) -> None:
         raise RuntimeError("every run failed; see the messages above")
     best, rates = at_best_rate(rows)
     by_label = _by_label(best)
-    text = "\n\n".join(part for part in (table(by_label), paired(best), curve_table(by_label)) if part)
+    text = "\n\n".join(
+        part for part in (table(by_label), unweighed(by_label), paired(best), curve_table(by_label)) if part
+    )
     stamped = stamp()  # before the repository is dirty with these files
     (folder / "table.md").write_text(text + "\n")
     chosen = {"learning_rates": rates} if rates else {}
@@ -98,6 +100,7 @@ def _line(label: str, runs: list[Row], metric: str, rated: bool) -> list[str]:
     values = [run[metric] for run in runs]
     usage = [run["kv_usage"] for run in runs if "kv_usage" in run]
     exact = [run["kv_stored_bytes"] for run in runs if "kv_stored_bytes" in run]  # not in the results of older versions
+    weighed = "state_bytes" in runs[0]
     return [
         label,
         f"{mean(values):.3f} [{min(values):.3f}, {max(values):.3f}]",
@@ -106,12 +109,18 @@ def _line(label: str, runs: list[Row], metric: str, rated: bool) -> list[str]:
         f"{mean(usage):.3f}" if usage else "-",
         _split(runs) or "-",
         f"{runs[0]['parameters']:,}",
-        f"{runs[0]['state_bytes']:,}",
+        f"{runs[0]['state_bytes']:,}" if weighed else "-",
         f"{mean(exact):,.0f}" if exact else "-",
-        f"{mean(run['kv_bytes'] for run in runs):,.0f}",
+        f"{mean(run['kv_bytes'] for run in runs):,.0f}" if weighed else "-",
         str(runs[0]["tokens"]),
         f"{mean(run['seconds'] for run in runs):.0f}",
     ]
+
+
+def unweighed(by_label: dict[str, list[Row]]) -> str:
+    """Which contestants have no bytes in the table and why: a line each."""
+    reasons = {label: runs[0]["unweighed"] for label, runs in by_label.items() if "unweighed" in runs[0]}
+    return "\n".join(f"{label}: its bytes are left out, {reason}" for label, reason in reasons.items())
 
 
 def _split(runs: list[Row]) -> str:

@@ -17,6 +17,7 @@ from mixers.state import kv_cache_bytes, kv_stored_bytes, state_bytes
 from mixers.threshold import set_kv_usage, thresholds_of
 from recipes.compare.pool import count_step
 from recipes.flags import DATA_MODULES, Flags, is_path
+from recipes.limits import check_usages
 from recipes.results import commit
 
 POINTS = 50  # of a learning curve
@@ -83,8 +84,10 @@ def build(run: dict[str, Any]) -> tuple[SequenceModule, pl.LightningDataModule]:
     options |= {key: mixer_options.pop(key) for key in ("budget", "learning_rate") if key in mixer_options}
     module, _, name = run["model"].rpartition(".")
     model_class = getattr(importlib.import_module(module), name)
+    mixer = with_options(run["mixer"], **mixer_options)
+    check_usages(mixer)
     try:
-        model = model_class(mixer=with_options(run["mixer"], **mixer_options), **options | sizes)
+        model = model_class(mixer=mixer, **options | sizes)
     except TypeError as error:
         raise SpecError(str(error)) from error
     higher_is_better(model, run["metric"])
@@ -164,9 +167,9 @@ def _curve(trainer: pl.Trainer, model: SequenceModule, data, usages: list[float]
 
 
 @torch.no_grad()
-def remembered(model: SequenceModule, batch: dict[str, torch.Tensor]) -> dict[str, int]:
+def remembered(model: SequenceModule, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Bytes after reading the batch's first sequence: of the recurrent state, of the kept keys and values, and of the
-    pages that hold them."""
+    pages that hold them. Where a mixer has no `init_state`, `unweighed` says so in their place."""
     tokens = batch["tokens"][:1]
     if "cu_seqlens" in batch:
         tokens = tokens[:, : int(batch["cu_seqlens"][1])]
@@ -174,6 +177,10 @@ def remembered(model: SequenceModule, batch: dict[str, torch.Tensor]) -> dict[st
         tokens = tokens[:, batch["padding_mask"][0]]
     decoder = model.decoder.eval()
     tokens = tokens.to(decoder.embedding.weight.device)
-    state = decoder(tokens, state=decoder.init_state(1)).state
+    try:
+        state = decoder.init_state(1)
+    except NotImplementedError as error:
+        return {"tokens": tokens.shape[1], "unweighed": str(error)}
+    state = decoder(tokens, state=state).state
     kv = {"kv_stored_bytes": kv_stored_bytes(state), "kv_bytes": kv_cache_bytes(state)}
     return {"tokens": tokens.shape[1], "state_bytes": state_bytes(state)} | kv

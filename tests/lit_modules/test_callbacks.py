@@ -127,3 +127,28 @@ def test_a_prompt_of_ones_own(tmp_path, capsys, make_trainer, make_model, temper
     sample = SampleText(prompt="once", num_tokens=3, temperature=temperature)
     make_trainer(max_steps=1, callbacks=[sample]).fit(make_model(vocab_size=256), data)
     assert "once|" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ["rows", "padded", "packed"])
+def test_a_sample_goes_on_from_text_however_it_is_laid_out(tmp_path, capsys, make_trainer, make_model, layout):
+    """A data module of one's own that has `decode`: the prompt is its first row, or its longest piece."""
+    tokens = torch.tensor([list(b"ab_____"), list(b"cde____")])
+    batch = {"tokens": tokens, "targets": tokens}
+    if layout == "padded":
+        batch["padding_mask"] = tokens != ord("_")
+    if layout == "packed":
+        batch = {
+            "tokens": tokens.view(1, -1),
+            "targets": tokens.view(1, -1),
+            "cu_seqlens": torch.tensor([0, 7, 10, 14]),
+        }
+
+    class Own(TextData):
+        def val_dataloader(self):
+            return [batch]
+
+    (tmp_path / "a.txt").write_text("a line of text\n" * 100)
+    data = Own(paths=[str(tmp_path / "a.txt")], seq_len=32, batch_tokens=64)
+    make_trainer(max_steps=1, callbacks=[SampleText(num_tokens=3)]).fit(make_model(vocab_size=256), data)
+    prompt = {"rows": "ab_____", "padded": "cde", "packed": "ab_____"}[layout]
+    assert f"\n  {prompt}|" in capsys.readouterr().out

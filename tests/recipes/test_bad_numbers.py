@@ -33,6 +33,8 @@ FIT = [  # flags, and what the line names
     ("--model.mixer.threshold {name:fixed,tau:.nan}", "tau"),
     ("--model.mixer.threshold {name:learned,temperature:0.0}", "temperature"),
     ("--model.mixer.threshold fixed --kv_usage 0.5", "calibrated"),
+    ("--model.mixer.threshold fixed --model.mixer.kv_usage 0.5", "no KV usage to set, got 0.5; leave kv_usage out"),
+    ("--trainer.accelerator cpu --devices 99999", "devices 99999 on a CPU of"),
     ("--router {name:learned,hidden:0}", "hidden"),
     ("--mixer gdn --budget any", "budget 'any'"),
     ("--steps 0", "max_steps"),

@@ -68,3 +68,19 @@ def test_every_command_warns_in_one_line(monkeypatch, capsys):
         warnings.simplefilter("always")
         main.main(["ls"])
     assert capsys.readouterr().err == "warning: ls is odd\n"
+
+
+def test_an_error_stands_on_a_line_of_its_own_behind_a_bar(capsys, monkeypatch):
+    from tqdm import tqdm
+
+    from mixers.registry import SpecError
+
+    def stops(*_):
+        stops.bar = tqdm(total=2, unit="step")  # as a run that an error ends leaves it
+        stops.bar.update()
+        raise SpecError("no more")
+
+    monkeypatch.setattr(main, "run", stops)
+    assert main.main(["fit"]) == 2
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert lines[-1] == "error: no more" and "1/2" in lines[-2]
