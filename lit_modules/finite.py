@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mixers.backbone import DecoderOutput
+from mixers.base import MixerOutput
+
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The 2-norm of all gradients, a scalar of their dtype; of sharded ones, over all ranks."""
@@ -69,11 +72,11 @@ def first_not_finite(module: nn.Module, loss: Any, batch: Any) -> str:
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors in what a module returned: one, several, or those of a dataclass."""
+    """The tensors in what a module returned: one, several, or the hidden of a mixer or a decoder."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, tuple | list):
         for part in output:
             yield from _tensors(part)
-    elif hasattr(output, "hidden"):
+    elif isinstance(output, MixerOutput | DecoderOutput):
         yield output.hidden
