@@ -18,7 +18,7 @@ def chunk_size(dtype: torch.dtype, K: int, V: int, device: torch.device) -> int:
     size = max(K, V)
     if dtype in HALF:
         return 64 if warpgroups(device) and size <= 128 else 32
-    return 32 if size <= (128 if warpgroups(device) else 64) else 16
+    return 32 if size <= 64 else 16
 
 
 def constants(v: Tensor, K: int, C: int) -> dict:
@@ -43,7 +43,8 @@ def fit(kernel: str, v: Tensor, K: int) -> dict:
     """Warps of a program, so that its registers hold its tiles, and stages of its loops, whose operands are in shared
     memory at once.
     """
-    large, half, hopper = max(K, v.shape[-1]) > 128, v.dtype in HALF, warpgroups(v.device)
-    heavy = kernel == "scan_back" and hopper  # keeps several (C, K) sums
-    stages = 3 if half and hopper and not large else 2 if half or hopper or not large else 1
-    return dict(num_warps=8 if heavy or large else 4, num_stages=stages)
+    size, half, hopper = max(K, v.shape[-1]), v.dtype in HALF, warpgroups(v.device)
+    heavy = kernel == "scan_back" and half and hopper  # keeps several (C, K) sums
+    warps = 8 if heavy or size > (128 if half else 64) else 4
+    stages = 3 if half and hopper and size <= 128 else 2 if half or hopper or size <= 128 else 1
+    return dict(num_warps=warps, num_stages=stages)

@@ -11,7 +11,16 @@ from torch.nn import functional as F
 
 from kernels.sequences import Layout, like_sizes
 
-DENSE_BELOW = 512  # shorter sequences are cheaper as one masked product than as many small gathered ones
+DENSE_BELOW = 128
+"""Sequences of up to so many tokens are cheaper as one masked product than as many small gathered ones: milliseconds of
+forward and backward, masked / gathered, (8, T, 4, 32) in float32 on one thread of a CPU, interleaved:
+
+    stored    T = 128      256          512           1024
+    12.5 %    6.2 / 4.8    18.4 /  9.8  77.6 / 21.3   318 /  56
+    25 %      6.4 / 5.5    18.4 / 11.6  80.8 / 32.7   316 /  81
+    50 %      6.3 / 6.6    18.3 / 16.1  85.4 / 50.6   325 / 169
+
+and with two sequences whose heads store unevenly 2.2 / 2.4, 2.1 / 2.4, 2.0 / 3.0 at T = 128."""
 QUERY_BLOCK = 512
 
 

@@ -235,6 +235,21 @@ def test_single_precision(path):
         assert_close(one.double(), other, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("T", [256, 512])
+def test_the_work_follows_what_is_stored(T, monkeypatch):
+    """Not the length, from a few hundred tokens on: logits computed, of all that there are."""
+    plain, logits = scaled_dot_product_attention, []
+
+    def count(q, k, v, **options):
+        logits.append(q.shape[:-1].numel() * k.shape[-2])
+        return plain(q, k, v, **options)
+
+    monkeypatch.setattr(torch_gathered.F, "scaled_dot_product_attention", count)
+    inputs = make(B=2, T=T, H=2, usages=(0.125,))
+    routed_attention(**inputs, backend="torch")
+    assert sum(logits) < 0.25 * 2 * 2 * T * T
+
+
 def test_beyond_the_length_where_gathering_begins():
     """As it comes, with more than one block of queries."""
     T = max(torch_gathered.DENSE_BELOW, torch_gathered.QUERY_BLOCK) + 9
