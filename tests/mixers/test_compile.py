@@ -7,8 +7,7 @@ from torch.testing import assert_close
 from mixers import build_mixer
 
 
-@pytest.mark.parametrize("router", ["residual", "cosine", "learned"])
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("router", "training"), [("residual", False), ("cosine", True), ("learned", True)])
 def test_a_block_in_one_graph_does_as_it_does_without(router, training):
     torch._dynamo.reset()
     torch.manual_seed(0)
