@@ -43,6 +43,7 @@ FUNCTIONS = ("compare", "bench", "cost", "doctor", "generate", "calibrate", "exp
 
 
 def usage() -> str:
+    """The text of --help: every command, a line each."""
     lines = [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
     whose = f"lightning-mixers, in {Path(__file__).parent}"
     first, last = f"usage: {program()} <command> [options]", f"{program()} <command> --help says more."
@@ -51,7 +52,18 @@ def usage() -> str:
 
 
 def run(command: str, args: list[str]) -> int:
-    """Runs a command; returns its exit code. Raises SpecError or argparse.ArgumentError for a user's mistake."""
+    """Runs a command.
+
+    Args:
+        command: its name, a key of COMMANDS.
+        args: the words after it; `--plugin` is taken out and imported first.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        SpecError, argparse.ArgumentError: a user's mistake.
+    """
     from mixers.registry import SpecError, unknown
 
     if command not in COMMANDS:
@@ -78,6 +90,7 @@ def run(command: str, args: list[str]) -> int:
     switches = {f"--{key}" for key, option in options.items() if option.annotation in (bool, "bool")}
     args = [f"{arg}=true" if arg in switches else arg for arg in args]
     how = {"prog": f"{program()} {command}", "as_positional": False, "exit_on_error": False, "allow_abbrev": False}
+    how["description"] = (inspect.getdoc(function) or "").partition("\nArgs:")[0].strip()  # jsonargparse's: one line
     try:
         return auto_cli(function, args=args, **how) or 0
     except argparse.ArgumentError as error:
@@ -85,7 +98,14 @@ def run(command: str, args: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after a mistake that one line on stderr has named."""
+    """Runs the command line.
+
+    Args:
+        argv: the words after the program's name; default: those of this process.
+
+    Returns:
+        The exit code: 0, 130 after Ctrl-C, 143 after SIGTERM, or 2 after a mistake that one line on stderr has named.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())

@@ -147,9 +147,12 @@ MISSED = {
 
 
 def in_order(callbacks: list[Callback]) -> list[Callback]:
-    """The callbacks in the order that a run needs, whatever the one they were given in: at the last step the bar shows
-    it, thresholds are fitted, and then the others, the user's own among them, may test or save the model; when training
-    resumes, random numbers go on from the checkpoint's once all others have begun; checkpoints are written last."""
+    """The callbacks in the order that a run needs, whatever the one they were given in.
+
+    At the last step the bar shows it, thresholds are fitted, and then the others, the user's own among them, may test
+    or save the model; when training resumes, random numbers go on from the checkpoint's once all others have begun;
+    checkpoints are written last.
+    """
 
     def place(callback: Callback) -> int:
         return next((place for kind, place in PLACES.items() if isinstance(callback, kind)), 0)

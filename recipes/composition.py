@@ -32,8 +32,10 @@ def compose(recipes: Iterable[dict[str, Any]], classes: dict[str, str] | None = 
 
 
 def configs(words: list[str]) -> list[tuple[int, dict[str, Any]]]:
-    """The files, or inline mappings, of --config: the place of each one's last word, and what it holds. Those that
-    cannot be read are left to the parser, which says why."""
+    """The files, or inline mappings, of --config: the place of each one's last word, and what it holds.
+
+    Those that cannot be read are left to the parser, which says why.
+    """
     import yaml  # not needed by ls and --help
 
     found = []

@@ -107,8 +107,12 @@ class Flags:
         return [path for path in found if path]
 
     def recipe(self, saved: dict[str, str] | None = None) -> dict[str, Any]:
-        """The recipes as one, without what they say of a model or data whose class the user, or a checkpoint (`saved`),
-        replaced; a mixer that was asked for stays."""
+        """The recipes as one; a mixer that was asked for stays.
+
+        Args:
+            saved: class paths that a checkpoint names, by part. What recipes say of a part whose class it, or the user,
+                replaced is left out.
+        """
         mixer = recipes().get(self.mixer or DEFAULTS["mixer"])
         whole = compose([_read(path) for path in self.files() if path != mixer], (saved or {}) | self.classes)
         stays = mixer and (self.mixer or "init_args" in whole["model"])
@@ -242,6 +246,7 @@ def is_path(data: str) -> bool:
 
 
 def help_text(command: str) -> str:
+    """What `fit --help` and its like print: the short flags."""
     lines = [f"  {flag:<27}{text}" for flag, text in HELP.items()]
     return "\n".join(
         [

@@ -13,10 +13,11 @@ say = rank_zero_only(print)
 
 @contextmanager
 def stopping_between_steps(trainer: Trainer) -> Iterator[list[int]]:
-    """Within it Ctrl-C lets the step under way end before the run does, as SIGTERM does: a checkpoint from the middle
-    of a step would resume after a batch that was drawn and never learned from. A second one ends the run at once, and
-    so does the first after the last step, where there is nothing to wait for, or with several processes, which would
-    have to agree.
+    """Within it Ctrl-C lets the step under way end before the run does, as SIGTERM does.
+
+    A checkpoint from the middle of a step would resume after a batch that was drawn and never learned from. A second
+    one ends the run at once, and so does the first after the last step, where there is nothing to wait for, or with
+    several processes, which would have to agree.
 
     Yields:
         A list that is not empty once a Ctrl-C waits for the end of a step.

@@ -40,8 +40,10 @@ def packages() -> set[str]:
 
 
 def note(config: Any) -> None:
-    """Counts as named, as with --plugin, the modules of all classes in a run's configuration: mixers, routers or data
-    that were given as class paths, or in a file of the user's."""
+    """Counts as named, as with --plugin, the modules of all classes in a run's configuration.
+
+    They are mixers, routers or data that were given as class paths, or in a file of the user's.
+    """
     if isinstance(config, dict):
         for key, value in config.items():
             if key in ("name", "class_path") and isinstance(value, str) and (match := CLASS.fullmatch(value)):
@@ -93,8 +95,10 @@ def _import_file(path: Path) -> str:
 
 
 def written_out(mixer: Any) -> Any:
-    """A pattern in which the names that were registered in this process alone are the paths of their classes. One
-    without any comes back as it was."""
+    """A pattern in which the names that were registered in this process alone are the paths of their classes.
+
+    One without any comes back as it was.
+    """
     pattern = [_written_out(MIXERS, spec) for spec in parse_pattern(mixer)]
     for spec in pattern:
         for key, registry in (("router", ROUTERS), ("threshold", THRESHOLDS)):

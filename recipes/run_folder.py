@@ -21,8 +21,13 @@ class RunFolder:
         self._made: list[Path] = []  # what is ours to remove
 
     def make(self, root: Path, name: str) -> None:
-        """Makes `root/name-N` with the next number; runs that start together get one each. Raises OSError if it cannot.
-        Processes of the same run but the first one make none."""
+        """Makes `root/name-N` with the next number; runs that start together get one each.
+
+        Processes of the same run but the first one make none.
+
+        Raises:
+            OSError: it cannot be made.
+        """
         numbers = [int(match[1]) for path in root.glob(f"{name}-*") if (match := re.search(r"-(\d+)$", path.name))]
         newest = max(numbers, default=0)
         if getattr(rank_zero_only, "rank", 0) > 0:  # the first process has made it, and alone writes into it

@@ -55,8 +55,16 @@ def trusted(path: Any, base: type, *, file: Path) -> type:
 
 
 def check_options(options: Any, cls: type, *, file: Path) -> None:
-    """Raises SpecError where options that a checkpoint has for a class name code that is not trusted. What the class
-    takes as plain text or numbers names nothing."""
+    """Checks the options that a checkpoint has for a class; plain text or numbers name nothing.
+
+    Args:
+        options: by name.
+        cls: whose constructor takes them; its annotations say which are plain.
+        file: the checkpoint, for the message.
+
+    Raises:
+        SpecError: they are no mapping, or name code that is not trusted.
+    """
     if not isinstance(options, Mapping):
         raise SpecError(f"{file}: the options of {cls.__name__} are no mapping but {options!r}")
     hints = _hints(cls)

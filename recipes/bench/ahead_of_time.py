@@ -66,8 +66,15 @@ def compile_all(
 
 
 def compile_for(capability: int, K: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """What every launch of the operations compiles to, forward and backward, with a gradient of the prediction and
-    without, with a window and without. Decoding is bound by memory and uses no matrix instructions.
+    """What every launch of the operations compiles to.
+
+    Forward and backward, with a gradient of the prediction and without, with a window and without. Decoding is bound by
+    memory and uses no matrix instructions.
+
+    Args:
+        capability: of the GPU, such as 90.
+        K: head dim of keys and values.
+        dtype: of the inputs.
     """
     rows = []
     for operation, launch in _launches(K, dtype):

@@ -64,7 +64,16 @@ Build = Callable[[Case], Runner | Callable[[], object]]
 
 
 def contestants(case: Case, kv_usages: list[float], skews: list[str]) -> Iterator[tuple[str, Build]]:
-    """(name, function that builds it), the reference first."""
+    """What is measured of a case, the reference first.
+
+    Args:
+        case: group, phase, sizes, dtype and device.
+        kv_usages: stored tokens / tokens, 0..1, one contestant each.
+        skews: how stored tokens spread over the heads: even, one_head.
+
+    Yields:
+        A name, and the function that builds its runner from the case.
+    """
     if case.group == "delta_rule":
         yield "sdpa", _sdpa
         for backend in _backends(delta_rule.BACKENDS, case.device):
@@ -95,7 +104,9 @@ def contestants(case: Case, kv_usages: list[float], skews: list[str]) -> Iterato
 
 def _backends(table, device: str) -> list[str]:
     """The fast ones that the device is for; on CUDA all of them, so that one that cannot run is a row that says why.
-    On a CPU, the time of interpreted Triton or of FlexAttention, which runs uncompiled there, says nothing."""
+
+    On a CPU, the time of interpreted Triton or of FlexAttention, which runs uncompiled there, says nothing.
+    """
     if device == "cuda":
         return [name for name in table if name != "naive"]
     return [name for name in table if name.startswith("torch") and not unavailable(name, device)]

@@ -24,8 +24,14 @@ SHARED = ("group", "phase", "dtype", "batch", "length", "heads", "head_dim", "de
 
 
 def report(rows: list[Row], settings: dict[str, Any], peaks: dict[str, dict[str, float]], folder: Path) -> None:
-    """Writes results.json, table.md and a plot a group into the folder, and prints the table. `peaks`: what the machine
-    reaches in a plain product and a plain copy, for each dtype."""
+    """Writes results.json, table.md and a plot a group into the folder, and prints the table.
+
+    Args:
+        rows: of the runs; figures that follow from their samples are added.
+        settings: of the whole run, as they were asked for.
+        peaks: what the machine reaches in a plain product (FLOP/s) and a plain copy (bytes/s), for each dtype.
+        folder: where to write.
+    """
     summarise(rows)
     add_roofline(rows, peaks)
     stamped = stamp()  # before the repository is dirty with these files
@@ -58,8 +64,10 @@ def _write(rows: list[Row], folder: Path) -> str:
 
 
 def summarise(rows: list[Row]) -> None:
-    """Adds median, p20, p80 and tokens_per_second, and the median ratio of the rounds to the case's reference, which is
-    its first contestant that has a time."""
+    """Adds median, p20 and p80 (seconds), tokens_per_second and the median ratio of the rounds to the reference.
+
+    That is the first contestant of the same case that has a time.
+    """
     for some in _by_case(rows).values():
         timed = [row for row in some if row.get("seconds")]
         for row in timed:
@@ -74,8 +82,11 @@ def summarise(rows: list[Row]) -> None:
 
 
 def add_roofline(rows: list[Row], peaks: dict[str, dict[str, float]]) -> None:
-    """Adds achieved flops_per_second and bytes_per_second, of the work that `recipes.bench.cost_model` says must be
-    done, and `roofline`, the share of the measured time that this machine would need at its own peaks."""
+    """Adds what was achieved, flops_per_second and bytes_per_second, and `roofline`.
+
+    The work is what `recipes.bench.cost_model` says must be done; `roofline` is the share of the measured time, 0..1,
+    that this machine would need at its own peaks.
+    """
     for row in rows:
         if "median" in row and "flops" in row:
             row["flops_per_second"] = row["flops"] / row["median"]
@@ -143,8 +154,14 @@ def _line(row: Row, held: bool) -> list[str]:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Time and memory against T, a line of panels a phase; bars where there is one length only. The memory is the peak
-    of a step or, in decoding, what is held from step to step."""
+    """Time and memory against T, a line of panels a phase; bars where there is one length only.
+
+    The memory is the peak of a step or, in decoding, what is held from step to step.
+
+    Args:
+        rows: of one group, summarised.
+        path: PNG to write.
+    """
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if "median" in row]

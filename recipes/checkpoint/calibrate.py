@@ -15,8 +15,9 @@ def calibrate(
     out: str = "",
     root: str = "runs",
 ) -> None:
-    """Refits the thresholds of a byte-level language model to text, prints the usage before and after, and writes the
-    checkpoint anew. Weights stay as they are.
+    """Refits the KV thresholds of a byte-level language model to text; weights stay as they are.
+
+    Prints the usage before and after, and writes the checkpoint anew.
 
     Args:
         ckpt_path: the checkpoint; "last" is that of the newest run.
@@ -26,6 +27,10 @@ def calibrate(
         allocate: also fit, on four of them, which heads a small budget goes to; takes some minutes for a large model.
         out: file to write; default: beside the checkpoint, `<name>-calibrated.ckpt`.
         root: folder of runs, for "last".
+
+    Raises:
+        SpecError: no such checkpoint, of another kind of model, or of one without thresholds; the file cannot be
+            written.
     """
     import torch
 

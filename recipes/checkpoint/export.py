@@ -10,14 +10,19 @@ if TYPE_CHECKING:
 
 
 def export(ckpt_path: str = "last", out: str = "", kv_usage: float | None = None, root: str = "runs") -> None:
-    """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads, once `mixers.hf` is imported or with
-    `trust_remote_code=True`.
+    """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads.
+
+    It does so once `mixers.hf` is imported, or with `trust_remote_code=True`.
 
     Args:
         ckpt_path: checkpoint of a language model; "last" is that of the newest run.
         out: folder to write, which must not exist or be empty.
         kv_usage: stored tokens / tokens, 0..1, that the exported model starts with; default: as trained.
         root: folder of runs, for "last".
+
+    Raises:
+        SpecError: no such checkpoint, not that of a language model, or a folder that cannot be written; no
+            transformers.
     """
     if not out:
         raise SpecError("give --out, the folder to write")

@@ -37,8 +37,21 @@ def draw_facts(num_keys: int, num_values: int, *, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def figure(decoder: torch.nn.Module, num_keys: int, num_values: int, path: Path) -> dict[str, Any]:
-    """Draws SEQUENCES of facts; returns what is shown as plain numbers: the share kept of every part, and keys and
-    values kept per head along the sequence, both means over sequences and heads."""
+    """Draws SEQUENCES of facts, and returns what is shown as plain numbers.
+
+    Args:
+        decoder: of a model that was trained on recall.
+        num_keys: of its task; at least 2 * FACTS.
+        num_values: of its task.
+        path: PNG to write.
+
+    Returns:
+        The share kept of every part, and keys and values kept per head along the sequence, means over sequences and
+        heads.
+
+    Raises:
+        SpecError: there are too few keys.
+    """
     facts = draw_facts(num_keys, num_values)
     routing = decoder(facts.flatten(1)).routing
     stored = torch.cat([r.stored.float() for r in routing if r is not None], -1)  # (S, T, heads of all layers)

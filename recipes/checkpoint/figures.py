@@ -23,8 +23,10 @@ def figures(
     kv_usages: list[float] | None = None,
     out: str = "",
 ) -> None:
-    """Draws what a model keeps. Of a byte-level one: a text, shaded where it is stored, and how the KV cache grows
-    along it. Of one that was trained on recall (mqar): facts that are told, told again and changed.
+    """Draws what a model keeps.
+
+    Of a byte-level one: a text, shaded where it is stored, and how the KV cache grows along it. Of one that was
+    trained on recall (mqar): facts that are told, told again and changed.
 
     Args:
         ckpt_path: checkpoint of a model with a router.
@@ -32,6 +34,9 @@ def figures(
         tokens: bytes of it to show.
         kv_usages: usages to draw the growth of the cache at; the shading is at the model's own.
         out: PNG to write; the figures go into a JSON file of the same name. Default: runs/figures/<run>.png.
+
+    Raises:
+        SpecError: no such checkpoint or text, or of a model without a router or of another task.
     """
     from lit_modules.data.mqar import MQARData
     from lit_modules.language_model import BYTES

@@ -71,8 +71,11 @@ class LightningMixersLM(HFLM):
 
 
 def _opened(pretrained: str) -> Saved | None:
-    """The checkpoint, or None where it is an exported model. Raises SpecError for what is no whole checkpoint, or names
-    code that is not trusted (:mod:`recipes.trust`)."""
+    """The checkpoint, or None where it is an exported model.
+
+    Raises:
+        SpecError: it is no whole checkpoint, or names code that is not trusted (:mod:`recipes.trust`).
+    """
     file = Path(pretrained) / "config.json"
     if not file.is_file():
         return open_checkpoint(pretrained)
@@ -86,8 +89,17 @@ def _opened(pretrained: str) -> Saved | None:
 
 
 def lm_eval_command(args: list[str]) -> int:
-    """`python -m recipes lm_eval ...`: as `lm_eval ...`, with our model as the default one, and with `--ckpt_path PATH`
-    for its argument `pretrained`."""
+    """`python -m recipes lm_eval ...`: as `lm_eval ...`, with our model as the default one.
+
+    Args:
+        args: those of the harness; `--ckpt_path PATH` stands for its argument `pretrained`.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        SpecError: what the harness, or the checkpoint, refuses.
+    """
     args = _with_checkpoint(args)
     if not args or args[0].startswith("-") and not {"-h", "--help"} & {*args}:
         args = ["run", *args]

@@ -84,8 +84,10 @@ def _newest(folder: Path) -> float:
 
 
 def _last(folder: Path) -> Path | None:
-    """The last checkpoint of a run. One that was cut while it saved may have left a link into nowhere: then the newest
-    file that is whole."""
+    """The last checkpoint of a run.
+
+    One that was cut while it saved may have left a link into nowhere: then the newest file that is whole.
+    """
     links = [file for file in folder.glob("last*.ckpt") if file.exists()]
     if links:
         return max(links, key=lambda file: file.stat().st_mtime)

@@ -110,8 +110,15 @@ class Saved:
         return model
 
     def config(self, command: str, *, with_data: bool) -> dict[str, Any]:
-        """What to parse before the flags. Only training goes on with the same trainer. Raises SpecError for a class
-        that is not trusted."""
+        """What to parse before the flags; only training goes on with the same trainer.
+
+        Args:
+            command: fit, validate, test or predict.
+            with_data: whether the data stay those of the checkpoint.
+
+        Raises:
+            SpecError: a class that is not trusted.
+        """
         keys = ["seed_everything"] + ["data"] * with_data + ["trainer"] * (command == "fit")
         if "data" in keys and self.data:
             self.data_options()

@@ -113,8 +113,10 @@ def _first_tokens(data, count: int):
 
 
 def _weigh(model, tokens) -> dict[str, float]:
-    """What is held after reading tokens (1, T), prefilled in chunks: bytes of keys and values, pages and all, and those
-    as a share of what softmax attention with these heads would hold."""
+    """What is held after reading tokens (1, T), prefilled in chunks.
+
+    Bytes of keys and values, pages and all, and those as a share of what softmax attention with these heads would hold.
+    """
     from lit_modules.generation import Continuation
     from mixers.state import full_kv_bytes
 

@@ -109,7 +109,14 @@ def compare(
 
 
 def expand(contestants: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """One {label, mixer} per combination of the listed options."""
+    """One {label, mixer, options} per combination of the listed options.
+
+    Args:
+        contestants: mappings of GRID's keys and `label`; a list stands for all of its values in turn.
+
+    Raises:
+        SpecError: another key.
+    """
     for contestant in contestants:
         given = dict(contestant)
         label = given.pop("label", None)
@@ -137,7 +144,11 @@ def describe(mixer: Any, options: dict[str, Any]) -> str:
 
 
 def check(cells: list[dict[str, Any]], settings: dict[str, Any]) -> None:
-    """Builds every contestant once, so that a mistake is one line now and not a traceback in an hour."""
+    """Builds every contestant once, so that a mistake is one line now and not a traceback in an hour.
+
+    Raises:
+        SpecError: a mistake in one of them, or two of one label.
+    """
     labels = [cell["label"] for cell in cells]
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise SpecError(f"contestants share a label: {', '.join(sorted(twice))}")

@@ -49,9 +49,11 @@ def curve_table(by_label: dict[str, list[Row]]) -> str:
 
 
 def draw_curves(by_label: dict[str, list[Row]], path: Path) -> None:
-    """The metric against the KV usage that was measured, or against bytes where a cache was weighed: a line a model
-    with its seeds as a band, a star where it was trained, a level for models without a usage. Nothing is drawn if
-    nothing was tested so."""
+    """The metric against the KV usage that was measured, or against bytes where a cache was weighed.
+
+    A line a model with its seeds as a band, a star where it was trained, a level for models without a usage. Nothing is
+    drawn if nothing was tested so.
+    """
     curves = {label: points for label, runs in by_label.items() if (points := _points(runs))}
     if not curves:
         return

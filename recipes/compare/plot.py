@@ -1,5 +1,8 @@
-"""The pictures of a comparison: the metric against KV usage, and the training losses. At most MOST lines, named where
-they begin or end: routers coloured, controls dotted, mixers without a router grey; bands are the range over seeds."""
+"""The pictures of a comparison: the metric against KV usage, and the training losses.
+
+At most MOST lines, named where they begin or end: routers coloured, controls dotted, mixers without a router grey;
+bands are the range over seeds.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,8 +38,14 @@ class Line:
 
 
 def draw(by_label: dict[str, list[Row]], path: Path) -> None:
-    """The metric against KV usage: a line a router, a level for what has no usage to set. Without a contestant at two
-    usages there is nothing to see that the table does not say, and no picture."""
+    """The metric against KV usage: a line a router, a level for what has no usage to set.
+
+    Without a contestant at two usages there is nothing to see that the table does not say, and no picture.
+
+    Args:
+        by_label: rows of each contestant, one a seed.
+        path: PNG to write; one that is there is removed.
+    """
     first = next(iter(by_label.values()))[0]
     lines = usage_lines(by_label)
     path.unlink(missing_ok=True)
@@ -107,13 +116,22 @@ def kind(row: Row) -> str:
 
 
 def router_of(row: Row) -> str | None:
+    """The name of a row's router, None if it was given none."""
     router = row["options"].get("router")
     return router["name"] if isinstance(router, dict) else router
 
 
 def choose(lines: list[Line], higher_is_better: bool, at: float | None = None) -> list[Line]:
-    """At most MOST lines, the best first: half of them routers, beside the best and the worst rival and the two best
-    controls, as far as there are so many. The value of a line is its mean at the usages that all longer lines share."""
+    """At most MOST lines, the best first.
+
+    Half of them are routers, beside the best and the worst rival and the two best controls, as far as there are so
+    many.
+
+    Args:
+        lines: all of them.
+        higher_is_better: whether the best is the largest.
+        at: the value of x to compare at; default: the mean at the usages that all longer lines share.
+    """
     longer = [line for line in lines if len(line.points) > 1]
     shared = set.intersection(*(set(line.points) for line in longer)) if longer and at is None else {at}
 
@@ -142,6 +160,7 @@ def styled(lines: list[Line]) -> Iterator[tuple[Line, dict[str, Any]]]:
 
 
 def new_axes() -> tuple[Any, Any]:
+    """A figure with one pair of axes, as all these pictures have it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -178,10 +197,12 @@ def higher_is_better(row: Row) -> bool:
 
 
 def metric_name(row: Row) -> str:
+    """What the axis of a row's metric says."""
     return f"test {row['metric'].replace('_', ' ')}" + ("" if higher_is_better(row) else " (lower is better)")
 
 
 def left_out(axes: Any, shown: list[Line], lines: list[Line]) -> None:
+    """Says above the picture how many lines are shown, where not all are."""
     if len(shown) < len(lines):
         axes.set_title(f"{len(shown)} of {len(lines)} lines; table.md has all", fontsize=8, loc="left", color="0.4")
 

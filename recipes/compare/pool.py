@@ -15,8 +15,15 @@ _steps: Any = None  # of all runs together, in a worker
 
 
 def train_all(runs: list[Run], jobs: int) -> Iterator[Run]:
-    """Rows as they come, of `jobs` runs at a time. A run that fails is reported in one line and left out; the others go
-    on. Whoever stops asking for rows ends the workers."""
+    """Trains `jobs` runs at a time, in processes of their own; whoever stops asking for rows ends these.
+
+    Args:
+        runs: settings of each.
+        jobs: how many side by side, one thread each.
+
+    Yields:
+        Rows as they come. A run that fails is reported in one line and left out; the others go on.
+    """
     from tqdm import tqdm
 
     from recipes.compare.run import train

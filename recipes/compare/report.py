@@ -16,7 +16,16 @@ Row = dict[str, Any]
 
 
 def report(rows: list[Row], settings: dict[str, Any], folder: Path) -> None:
-    """Writes results.json, table.md and the plots into the folder, and prints the table."""
+    """Writes results.json, table.md and the plots into the folder, and prints the table.
+
+    Args:
+        rows: of all runs.
+        settings: that all of them share.
+        folder: where to write.
+
+    Raises:
+        RuntimeError: there are no rows.
+    """
     if not rows:
         raise RuntimeError("every run failed; see the messages above")
     best, rates = at_best_rate(rows)
@@ -35,7 +44,11 @@ def report(rows: list[Row], settings: dict[str, Any], folder: Path) -> None:
 
 
 def redraw_plots(folder: Path) -> None:
-    """Draws the plots of a results.json that is there; all else stays as it is."""
+    """Draws the plots of a results.json that is there; all else stays as it is.
+
+    Raises:
+        SpecError: there is none, or it is not that of a comparison or a sweep.
+    """
     path = folder / "results.json"
     try:
         rows = json.loads(path.read_text())["runs"]
@@ -63,9 +76,13 @@ def _by_label(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def at_best_rate(rows: list[Row]) -> tuple[list[Row], dict[str, Any]]:
-    """The runs of every contestant at its best learning rate, that of the best mean on the validation split; and what
-    was compared: label -> {"best": rate, "validation": {rate: mean}}. A rate at which seeds failed is not chosen over
-    one at which fewer did."""
+    """The runs of every contestant at its best learning rate, that of the best mean on the validation split.
+
+    A rate at which seeds failed is not chosen over one at which fewer did.
+
+    Returns:
+        The runs, and what was compared: label -> {"best": rate, "validation": {rate: mean}}.
+    """
     chosen, rates = [], {}
     for label, runs in _by_label(rows).items():
         by_rate: dict[float, list[Row]] = defaultdict(list)

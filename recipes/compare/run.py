@@ -46,8 +46,9 @@ class Losses(pl.Callback):
 def settings_of(
     data: str, *, data_options: dict[str, Any], model_options: dict[str, Any], metric: str | None
 ) -> dict[str, Any]:
-    """What `fit --data NAME` would train on and with, from the same recipe, and what is compared: the settings of a run
-    in full, as plain data, so that a row says how it came about.
+    """What `fit --data NAME` would train on and with, from the same recipe, and what is compared.
+
+    These are the settings of a run in full, as plain data, so that a row says how it came about.
 
     Args:
         data: as of fit: a name, a class path, or a file or folder of text.
@@ -168,8 +169,12 @@ def _curve(trainer: pl.Trainer, model: SequenceModule, data, usages: list[float]
 
 @torch.no_grad()
 def remembered(model: SequenceModule, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Bytes after reading the batch's first sequence: of the recurrent state, of the kept keys and values, and of the
-    pages that hold them. Where a mixer has no `init_state`, `unweighed` says so in their place."""
+    """Bytes that a model holds after reading the batch's first sequence.
+
+    Returns:
+        Of the recurrent state, of the kept keys and values, and of the pages that hold them. Where a mixer has no
+        `init_state`, `unweighed` says so in their place.
+    """
     tokens = batch["tokens"][:1]
     if "cu_seqlens" in batch:
         tokens = tokens[:, : int(batch["cu_seqlens"][1])]
