@@ -17,8 +17,16 @@ SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel as compiled for one GPU: registers of a thread, bytes spilled, bytes of shared memory, and the matrix
-    instructions in it (`wgmma`, `mma`, `tcgen05` or nothing).
+    """A kernel as compiled for one GPU.
+
+    Attributes:
+        name: of the kernel.
+        capability: of the GPU, such as 90.
+        warps: of a program.
+        registers: of a thread.
+        spilled: bytes.
+        shared: bytes of shared memory.
+        matrix: the matrix instructions in it: `wgmma`, `mma`, `tcgen05` or nothing.
     """
 
     name: str

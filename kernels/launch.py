@@ -30,8 +30,9 @@ def capability(device: torch.device) -> int:
 
 
 def warpgroups(device: torch.device) -> bool:
-    """Whether it is of Hopper's kind (sm_90, sm_100): 227 KiB of shared memory, which matrix instructions read. The
-    others hold their operands in registers, and some have 99 KiB.
+    """Whether it is of Hopper's kind (sm_90, sm_100): 227 KiB of shared memory, which matrix instructions read.
+
+    The others hold their operands in registers, and some have 99 KiB.
     """
     return capability(device) // 10 in (9, 10)
 

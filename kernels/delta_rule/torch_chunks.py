@@ -121,14 +121,15 @@ def _gradients(ctx, saved, d_o: Tensor | None, d_p: Tensor | None, d_final: Tens
 
 
 def _decays(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """D (., 2 C, C), f (., 2 C, 1) and e (., C, 1). b is summed in double: after a reset (g very negative) float32
-    would lose the small decays that follow. What decays to nothing (e^-1000 is 0 in double too) may be -inf, whose
-    differences would be NaN.
+    """D (., 2 C, C), f (., 2 C, 1) and e (., C, 1).
+
+    b is summed in double: after a reset (g very negative) float32 would lose the small decays that follow. What decays
+    to nothing (e^-1000 is 0 in double too) may be -inf, whose differences would be NaN.
     """
     b = g.double().clamp(min=-1000).cumsum(1)
     D = (b - b.mT).to(g.dtype).clamp_(max=0).exp_()  # beyond the diagonal it could overflow
-    own = torch.ones_like(D[0]).tril()
-    see = torch.stack([own.tril(-1), own])
+    causal = torch.ones_like(D[0]).tril()
+    see = torch.stack([causal.tril(-1), causal])
     return (D[:, None] * see).flatten(1, 2), b.exp().to(g.dtype).repeat(1, 2, 1), D[:, -1, :, None]
 
 
@@ -161,8 +162,9 @@ def _scan(U: Tensor, XK: Tensor | None, eK: Tensor, f_C: Tensor, state: Tensor, 
 
 
 def _scan_back(W, eK, fR, f_C, Z, beta: Tensor | None, d_state: Tensor, sizes: list[int]):
-    """The same from the end: gradients of every chunk's next state, and of the initial ones; W, given as X^T B^T Z, and
-    Z are completed in place. Without `beta` the writes owe nothing to the prediction.
+    """The same from the end: gradients of every chunk's next state, and of the initial ones.
+
+    W, given as X^T B^T Z, and Z are completed in place. Without `beta` the writes owe nothing to the prediction.
     """
     d_state, d_next = d_state.clone(), d_state.new_empty(len(W), *d_state.shape[1:])
     steps = zip(*(x.split(sizes) for x in (d_next, W, eK, fR, f_C, Z, W if beta is None else beta)), strict=True)

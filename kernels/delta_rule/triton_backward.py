@@ -104,8 +104,9 @@ def gradients_v(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, DELTA: tl.constexpr, HAS_DP: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks, H): dV, d_beta; H = Z U^T * D of the readers k and q -> ha, hq (chunks, H, C, C). Predictions that
-    are not GIVEN are computed again.
+    """Grid (chunks, H): dV, d_beta; H = Z U^T * D of the readers k and q -> ha, hq (chunks, H, C, C).
+
+    Predictions that are not GIVEN are computed again.
     """
     c, h = tl.program_id(0), tl.program_id(1)
     start, stop = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)

@@ -32,8 +32,10 @@ def gated_delta_rule(
     delta: bool,
     predict: str = "values",
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Shapes as in `kernels.delta_rule.gated_delta_rule`, q and k with as many heads as v; K and V up to 256; float16,
-    bfloat16, float32 or float64, which q, k and v share. g, beta and the state are float32 at least.
+    """Shapes as in `kernels.delta_rule.gated_delta_rule`, q and k with as many heads as v.
+
+    K and V up to 256; float16, bfloat16, float32 or float64, which q, k and v share. g, beta and the state are float32
+    at least.
     """
     B, T = v.shape[:2]
     if interpreted() and v.dtype in (torch.float16, torch.bfloat16):

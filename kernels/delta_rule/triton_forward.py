@@ -16,8 +16,10 @@ import triton.language as tl
 
 @triton.jit
 def inverse(L, C: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + L)^-1 of strictly lower triangular L (C, C), by forward substitution: row by row in the blocks of 16 on the
-    diagonal, side by side; then two inverted blocks X, Y with M below them become [[X, 0], [-Y M X, Y]].
+    """(I + L)^-1 of strictly lower triangular L (C, C), by forward substitution.
+
+    Row by row in the blocks of 16 on the diagonal, side by side; then two inverted blocks X, Y with M below them become
+    [[X, 0], [-Y M X, Y]].
     """
     N: tl.constexpr = C // 16
     n = tl.arange(0, N)
@@ -26,9 +28,9 @@ def inverse(L, C: tl.constexpr, PRECISION: tl.constexpr):
     i = tl.arange(0, 16)
     X = tl.zeros_like(small) + (i[:, None] == i[None, :]).to(L.dtype)[None, :, :]
     for row in tl.static_range(1, 16):
-        here = (i == row)[None, :, None]
-        above = tl.sum(tl.where(here, small, 0.0), 1)  # (N, 16)
-        X -= tl.where(here, tl.sum(above[:, :, None] * X, 1)[:, None, :], 0.0)
+        at_row = (i == row)[None, :, None]
+        above = tl.sum(tl.where(at_row, small, 0.0), 1)  # (N, 16)
+        X -= tl.where(at_row, tl.sum(above[:, :, None] * X, 1)[:, None, :], 0.0)
     full = tl.reshape(tl.where(on_diagonal, X[:, :, None, :], 0.0), (C, C))
     i = tl.arange(0, C)
     for level in tl.static_range(4, 6):
@@ -55,6 +57,7 @@ def rows_of(x, t, live, h, H, D: tl.constexpr, d):
 
 @triton.jit
 def put_rows(x, value, t, live, h, H, D: tl.constexpr, d):
+    """Writes rows (C, D) of a chunk to x[t, h, d] (T, H, D), those past its end excepted."""
     at = x + (t.to(tl.int64) * H + h)[:, None] * D + d[None, :]
     tl.store(at, value.to(x.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
 
@@ -84,8 +87,9 @@ def strict(A, C: tl.constexpr):
 
 @triton.jit
 def sums(g, t, live, h, H):
-    """b (C,) float64, the running sum of the log-decays; it stays level past the chunk's end. What decays to nothing
-    (e^-1000 is 0 in float64 too) may be -inf, whose differences would be NaN.
+    """b (C,) float64, the running sum of the log-decays; it stays level past the chunk's end.
+
+    What decays to nothing (e^-1000 is 0 in float64 too) may be -inf, whose differences would be NaN.
     """
     x = scalars_of(g, t, live, h, H).to(tl.float64)
     return tl.cumsum(tl.where(x < -1000.0, -1000.0, x), 0)
@@ -159,8 +163,10 @@ def read(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, PREDICT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks * V / BV, H): O = scale (f Q S + Qm U) -> o (T, H, V); of the predictions P = f K S + A U, with
-    PREDICT 1 all -> p (T, H, V), with 2 what a block of V adds to P.V and P.P -> p (V / BV, T, H, 2), with 0 nothing.
+    """Grid (chunks * V / BV, H): O = scale (f Q S + Qm U) -> o (T, H, V), and what is wanted of P = f K S + A U.
+
+    With PREDICT 1 all -> p (T, H, V), with 2 what a block of V adds to P.V and P.P -> p (V / BV, T, H, 2), with 0
+    nothing.
     """
     c, block, h = tl.program_id(0) // tl.cdiv(V, BV), tl.program_id(0) % tl.cdiv(V, BV), tl.program_id(1)
     start, stop = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)

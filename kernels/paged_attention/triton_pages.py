@@ -32,11 +32,11 @@ def attend_kernel(
     for step in range(0, tl.maximum(tl.minimum(share, pages - first), 0)):
         n = first + step
         page = tl.load(table + row.to(tl.int64) * slots + n).to(tl.int64) * PAGE
-        there = n * PAGE + m < count
+        exists = n * PAGE + m < count
         at_k, at_v = (page + m)[:, None] * K + i[None, :], (page + m)[:, None] * V + j[None, :]
-        keys = tl.load(cache_k + at_k, mask=there[:, None] & (i < K)[None, :], other=0.0)
-        values = tl.load(cache_v + at_v, mask=there[:, None] & (j < V)[None, :], other=0.0)
-        s = tl.where(there, tl.sum(keys.to(ACC) * x[None, :], 1), float("-inf"))
+        keys = tl.load(cache_k + at_k, mask=exists[:, None] & (i < K)[None, :], other=0.0)
+        values = tl.load(cache_v + at_v, mask=exists[:, None] & (j < V)[None, :], other=0.0)
+        s = tl.where(exists, tl.sum(keys.to(ACC) * x[None, :], 1), float("-inf"))
         new = tl.maximum(largest, tl.max(s, 0))
         e = tl.exp(s - new)
         fade = tl.exp(largest - new)

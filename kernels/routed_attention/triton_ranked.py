@@ -65,8 +65,9 @@ def routed_attention(
     layout: Layout,
     window: int,
 ) -> Tensor:
-    """Shapes as in `kernels.routed_attention.routed_attention`; K and V up to 256; float16, bfloat16, float32 or
-    float64, which q, k and v share.
+    """Shapes as in `kernels.routed_attention.routed_attention`; K and V up to 256.
+
+    float16, bfloat16, float32 or float64, which q, k and v share.
     """
     dtype = v.dtype
     if interpreted() and dtype in (torch.float16, torch.bfloat16):
@@ -78,9 +79,10 @@ def routed_attention(
 
 
 def blocks(v: Tensor, size: int, *, keys: bool = False, window: int = 0) -> tuple[int, int, int, int]:
-    """(queries, keys, warps, stages) of a program that keeps its sums in registers and its operands in shared memory,
-    `size` the larger of K and V; `keys`: the one that sums over queries. As compiled ahead of time: nothing is tuned at
-    run time.
+    """(queries, keys, warps, stages) of a program, as compiled ahead of time: nothing is tuned at run time.
+
+    Its sums are in registers and its operands in shared memory. `size` is the larger of K and V; `keys`: the program
+    that sums over queries.
     """
     half = v.dtype in (torch.float16, torch.bfloat16)
     if warpgroups(v.device):
