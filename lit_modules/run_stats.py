@@ -48,7 +48,8 @@ class RunStats(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.tokens = self.tokens + tokens_in(batch) * trainer.world_size
-        if trainer.global_step % trainer.log_every_n_steps:
+        last = 0 < trainer.max_steps <= trainer.global_step
+        if trainer.global_step % trainer.log_every_n_steps and not last:
             return
         tokens, now = int(self.tokens), time.perf_counter()
         values = {

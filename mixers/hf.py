@@ -28,7 +28,9 @@ from mixers.adapters.masks import beginnings, packed, read_mask
 from mixers.adapters.wrappers import PACKING, refuse, warn_of_lora_without_thresholds
 from mixers.backbone import Decoder
 from mixers.base import Mixer
+from mixers.registry import parse_pattern
 from mixers.swap import swap_mixers
+from mixers.threshold import DescribesMixers, with_usage
 
 REMOTE = '''"""Loads this model where the package lightning-mixers is installed."""
 
@@ -58,7 +60,7 @@ class MixerConfig(PreTrainedConfig):
         super().__init__(**options)
 
 
-class MixerForCausalLM(PreTrainedModel, GenerationMixin):
+class MixerForCausalLM(PreTrainedModel, GenerationMixin, DescribesMixers):
     """A `Decoder` that transformers can save, find and generate with."""
 
     config_class = MixerConfig
@@ -73,6 +75,9 @@ class MixerForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """The decoder has drawn its weights already."""
+
+    def describe_usage(self, kv_usage: float) -> None:
+        self.config.mixer = [with_usage(spec, kv_usage) for spec in parse_pattern(self.config.mixer)]
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.decoder.embedding

@@ -126,7 +126,10 @@ def swap_mixers(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
     share_threshold(model)
-    _note_in_config(model, {"mixer": spec | options, "where": where, "layers": layers, "causal": causal})
+    swap = {"mixer": spec | options, "where": where, "layers": layers, "causal": causal}
+    _note_in_config(model, swap)
+    for _, new, _ in made:
+        new.described = swap
     return SwapReport(swap for *_, swap in made)
 
 

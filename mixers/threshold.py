@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kernels.sequences import Layout
 from mixers.quantiles import LEVELS, quantiles, value_above
-from mixers.registry import SpecError, check_range, unknown
+from mixers.registry import MIXERS, SpecError, check_range, unknown
 
 SAMPLE = 8192  # tokens of a step that a layer's quantiles are taken from
 LARGEST = 1e38  # what infinite scores count as
@@ -204,7 +204,7 @@ class Threshold(nn.Module):
     def _warn_of_ties(self, scores: Tensor, table: Tensor) -> None:
         """Warn, once, of scores (groups, n) too many of which are equal, or NaN, to store the usage asked for."""
         usage, self._closed = self.kv_usage, self._closed + 1
-        if self._warned or self._closed % CHECK_EVERY != 1:
+        if self._warned or not (self.averaging or self._closed % CHECK_EVERY == 1):
             return
         if scores.isnan().any():
             what = "gave NaN, which is never stored"
@@ -374,6 +374,21 @@ def set_kv_usage(model: nn.Module, kv_usage: float) -> None:
         raise SpecError("the model has no KV usage to set: none of its mixers routes tokens")
     for threshold in found:
         threshold.set_usage(kv_usage)
+    for module in model.modules():
+        if isinstance(module, DescribesMixers):
+            module.describe_usage(float(kv_usage))
+
+
+class DescribesMixers:
+    """A module that is saved with a description of the mixers in it, which has to follow when their usage is set."""
+
+    def describe_usage(self, kv_usage: float) -> None:
+        """Change the description."""
+
+
+def with_usage(spec: dict, kv_usage: float) -> dict:
+    """The spec of a mixer with another KV usage, if it is one that has such."""
+    return spec | {"kv_usage": kv_usage} if "kv_usage" in MIXERS.options(spec["name"]) else spec
 
 
 @contextmanager

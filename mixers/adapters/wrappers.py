@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mixers.adapters.hf_cache import layer_of
 from mixers.adapters.masks import beginnings, packed, read_mask
 from mixers.base import Mixer, MixerOutput, Routing
-from mixers.threshold import thresholds_of
+from mixers.threshold import DescribesMixers, thresholds_of, with_usage
 
 # What calls of attention hold that changes nothing for a mixer: positions, of which it has its own or none, and notes.
 HARMLESS = {
@@ -23,7 +23,7 @@ MASKS = ("attn_mask", "attention_mask", "mask")
 CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
-class Wrapper(nn.Module):
+class Wrapper(nn.Module, DescribesMixers):
     """A mixer inside a model that knows nothing of mixers.
 
     Attributes:
@@ -43,6 +43,11 @@ class Wrapper(nn.Module):
         self.layer_idx = getattr(module, "layer_idx", getattr(module, "layer_id", None))
         self.routing: Routing | None = None
         self.aux_loss: Tensor | None = None
+        self.described: dict[str, Any] = {}  # in the model's config: the swap, with the mixer's spec
+
+    def describe_usage(self, kv_usage: float) -> None:
+        if self.described:
+            self.described["mixer"] = with_usage(self.described["mixer"], kv_usage)
 
     def note(self, out: MixerOutput) -> Tensor:
         """The hidden (B, T, D) of an output, whose routing and loss are kept."""
@@ -210,7 +215,9 @@ def refuse(was: str, given: dict[str, Any]) -> None:
 
 def warn_of_lora_without_thresholds(module: nn.Module, state_dict: dict[str, Any]) -> None:
     """An adapter of PEFT holds no buffers unless `mixers.hf.save_adapter` wrote it: what it stores would differ."""
-    adapter = any(".lora_" in name for name in state_dict) and not any(".threshold." in name for name in state_dict)
+    adapter = any(".lora_" in name for name in state_dict) and not any(
+        name.endswith(".head_bias") for name in state_dict
+    )
     if adapter and any(True for _ in thresholds_of(module)):
         message = "this adapter was saved without KV thresholds, so other tokens are stored than when it was trained; "
         warnings.warn(message + "save it by mixers.hf.save_adapter", stacklevel=2)

@@ -3,7 +3,8 @@
     score_t = log(||W_o^h u_t|| + 0.01) + w_h.x_t
 
 w starts at zero (the residual router) and is trained only to match, by least squares, the z-scored log of the attention
-mass that later queries give the key when all keys are there. That target costs a dense pass, in training alone.
+mass that later queries give the key when all keys are there. That target costs a dense pass, in training alone. It is
+z-scored over the tokens of a call, so accumulated micro-batches are not quite the larger batch for this router.
 """
 
 import torch

@@ -35,7 +35,7 @@ def calibrate(
     import torch
 
     import mixers
-    from lit_modules.callbacks import TRIED
+    from lit_modules.callbacks import ALLOCATION_BATCHES
     from lit_modules.data.text import TextData
     from mixers.threshold import thresholds_of
     from recipes.checkpoint.opening import open_checkpoint
@@ -59,7 +59,7 @@ def calibrate(
     ]
     before = _usage(model, some)
     if allocate:
-        first, best = mixers.allocate(model.eval().decoder, some[:TRIED], model.loss, progress=True)
+        first, best = mixers.allocate(model.eval().decoder, some[:ALLOCATION_BATCHES], model.loss, progress=True)
         print(f"mean loss at KV usages 1/16, 1/8 and 1/4: {first:.4f}, allocated {best:.4f}")
     mixers.calibrate(model.decoder, some, run=model.decode)
     asked = next(thresholds_of(model)).kv_usage

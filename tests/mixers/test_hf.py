@@ -169,3 +169,20 @@ def test_a_token_is_a_byte(tmp_path):
         assert tokenizer(text)["input_ids"] == list(text.encode())
         assert tokenizer.decode(list(text.encode())) == text
         assert tokenizer(["a", "abc"], padding=True)["attention_mask"][0].count(0) == 2
+
+
+def test_a_usage_that_was_set_is_saved(tmp_path):
+    """In the config, from which a swapped model and a decoder of ours are built again."""
+    tokens = torch.arange(24)[None] % 16
+    config = LlamaConfig(vocab_size=16, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    torch.manual_seed(0)
+    one = LlamaForCausalLM(config)
+    swap_mixers(one, "ham", where="*.self_attn", kv_usage=0.5)
+    other = MixerForCausalLM(MixerConfig(vocab_size=16, dim=16, depth=2, mixer={"name": "ham", "num_heads": 2}))
+    for number, (model, cls) in enumerate(((one, swapped(LlamaForCausalLM)), (other, MixerForCausalLM))):
+        calibrate(model, [tokens])
+        set_kv_usage(model.eval(), 0.1)
+        model.save_pretrained(tmp_path / str(number))
+        again = cls.from_pretrained(tmp_path / str(number)).eval()
+        assert {threshold.kv_usage for threshold in thresholds_of(again)} == {0.1}
+        assert_close(again(tokens).logits, model(tokens).logits, rtol=0, atol=1e-6)

@@ -1,0 +1,22 @@
+"""`calibrate` refits thresholds and nothing else."""
+
+import pytest
+import torch
+
+from mixers.threshold import thresholds_of
+from recipes.checkpoint.opening import open_checkpoint
+
+
+@pytest.mark.parametrize("allocate", ["", "--allocate"])
+def test_thresholds_move_and_weights_stay(run, checkpoint, texts, tmp_path, allocate):
+    out = tmp_path / "again.ckpt"
+    flags = f"--text [{texts}] --batches 2 --kv_usage 0.5 --out {out} {allocate}"
+    result = run(f"calibrate --ckpt_path {checkpoint} {flags}")
+    assert result.code == 0, result.err
+    assert f"for 0.5; written to {out}" in result.out and ("allocated" in result.out) == bool(allocate)
+    before, after = (open_checkpoint(str(path)).language_model(of_bytes=True) for path in (checkpoint, out))
+    assert [threshold.kv_usage for threshold in thresholds_of(after)] == [0.5]
+    for (name, one), (_, other) in zip(before.named_parameters(), after.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    tables = [next(thresholds_of(model)).table for model in (before, after)]
+    assert not torch.equal(*tables)
