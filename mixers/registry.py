@@ -348,3 +348,8 @@ def build_mixer(spec: str | Mapping[str, Any], /, *, dim: int, **options: Any) -
         SpecError: an unknown name or option, a missing one, or a value of another type than the option's.
     """
     return MIXERS.build(spec, dim=dim, **options)
+
+
+def with_usage(spec: dict[str, Any], kv_usage: float) -> dict[str, Any]:
+    """The spec of a mixer with another KV usage, if it is one that has such."""
+    return spec | {"kv_usage": kv_usage} if "kv_usage" in MIXERS.options(spec["name"]) else spec

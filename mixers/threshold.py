@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from kernels.sequences import Layout
+from mixers.base import DescribesMixers
 from mixers.quantiles import LEVELS, quantiles, value_above
-from mixers.registry import MIXERS, SpecError, check_range, unknown
+from mixers.registry import SpecError, check_range, unknown
 
 SAMPLE = 8192  # tokens of a step that a layer's quantiles are taken from
 LARGEST = 1e38  # what infinite scores count as
@@ -377,18 +378,6 @@ def set_kv_usage(model: nn.Module, kv_usage: float) -> None:
     for module in model.modules():
         if isinstance(module, DescribesMixers):
             module.describe_usage(float(kv_usage))
-
-
-class DescribesMixers:
-    """A module that is saved with a description of the mixers in it, which has to follow when their usage is set."""
-
-    def describe_usage(self, kv_usage: float) -> None:
-        """Change the description."""
-
-
-def with_usage(spec: dict, kv_usage: float) -> dict:
-    """The spec of a mixer with another KV usage, if it is one that has such."""
-    return spec | {"kv_usage": kv_usage} if "kv_usage" in MIXERS.options(spec["name"]) else spec
 
 
 @contextmanager
