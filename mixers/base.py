@@ -197,10 +197,3 @@ def without_padding(x: Tensor, layout: Layout, mask: Tensor) -> tuple[Tensor, La
         return padded
 
     return packed, Layout.of(bounds.to(torch.int32), packed), restore
-
-
-class DescribesMixers:
-    """A module that is saved with a description of the mixers in it, which has to follow when their usage is set."""
-
-    def describe_usage(self, kv_usage: float) -> None:
-        """Change the description."""

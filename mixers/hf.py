@@ -27,8 +27,8 @@ from mixers.adapters.hf_cache import layer_of
 from mixers.adapters.masks import beginnings, packed, read_mask
 from mixers.adapters.wrappers import PACKING, refuse, warn_of_lora_without_thresholds
 from mixers.backbone import Decoder
-from mixers.base import DescribesMixers, Mixer
-from mixers.registry import parse_pattern, with_usage
+from mixers.base import Mixer
+from mixers.registry import DescribesMixers, parse_pattern, with_usage
 from mixers.swap import swap_mixers
 
 REMOTE = '''"""Loads this model where the package lightning-mixers is installed."""

@@ -353,3 +353,10 @@ def build_mixer(spec: str | Mapping[str, Any], /, *, dim: int, **options: Any) -
 def with_usage(spec: dict[str, Any], kv_usage: float) -> dict[str, Any]:
     """The spec of a mixer with another KV usage, if it is one that has such."""
     return spec | {"kv_usage": kv_usage} if "kv_usage" in MIXERS.options(spec["name"]) else spec
+
+
+class DescribesMixers:
+    """A module that is saved with a description of the mixers in it, which has to follow when their usage is set."""
+
+    def describe_usage(self, kv_usage: float) -> None:
+        """Change the description."""

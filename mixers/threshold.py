@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.sequences import Layout
-from mixers.base import DescribesMixers
 from mixers.quantiles import LEVELS, quantiles, value_above
-from mixers.registry import SpecError, check_range, unknown
+from mixers.registry import DescribesMixers, SpecError, check_range, unknown
 
 SAMPLE = 8192  # tokens of a step that a layer's quantiles are taken from
 LARGEST = 1e38  # what infinite scores count as

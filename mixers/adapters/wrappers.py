@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from mixers.adapters.hf_cache import layer_of
 from mixers.adapters.masks import beginnings, packed, read_mask
-from mixers.base import DescribesMixers, Mixer, MixerOutput, Routing
-from mixers.registry import with_usage
+from mixers.base import Mixer, MixerOutput, Routing
+from mixers.registry import DescribesMixers, with_usage
 from mixers.threshold import thresholds_of
 
 # What calls of attention hold that changes nothing for a mixer: positions, of which it has its own or none, and notes.
