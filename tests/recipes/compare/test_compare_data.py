@@ -101,7 +101,8 @@ def test_metrics(own):
             built(data, metric=metric)
 
 
-def test_a_registered_plug_in_reaches_the_workers(run, here):
+def test_a_registered_plug_in_reaches_the_workers(run, here, monkeypatch):
+    monkeypatch.setattr(DATA_MODULES, "_registered", dict(DATA_MODULES._registered))  # forgotten again afterwards
     registered = CLASSES.replace("class Named", "@DATA_MODULES.register('counting')\nclass Named")
     (here / "my_counting.py").write_text("from recipes.flags import DATA_MODULES\n" + registered)
     line = "compare --plugin ./my_counting.py --data counting --mixers [gdn] --steps 1 --seeds 1 --jobs 1 --out out"
