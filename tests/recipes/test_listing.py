@@ -1,7 +1,7 @@
 import pytest
 
 from mixers.registry import MIXERS, ROUTERS, THRESHOLDS
-from recipes.flags import data_recipes, recipes
+from recipes.flags import DATA_MODULES, data_recipes, recipes
 
 
 def test_ls_names_everything(run):
@@ -10,6 +10,13 @@ def test_ls_names_everything(run):
     names = {line.split()[0] for line in result.out.splitlines() if line.startswith("  ")}
     registered = [name for registry in (MIXERS, ROUTERS, THRESHOLDS) for name in registry.names()]
     assert names >= {*registered, *MIXERS.aliases(), *recipes(), *data_recipes()}
+
+
+@pytest.fixture(autouse=True)
+def nothing_registered(monkeypatch):
+    """What other tests registered in this process is not ours to describe."""
+    for registry in (MIXERS, ROUTERS, THRESHOLDS, DATA_MODULES):
+        monkeypatch.setattr(registry, "_registered", {})
 
 
 def test_ls_describes_everything(run):
