@@ -138,11 +138,10 @@ class KVCache:
 
     def append(self, k: Tensor, v: Tensor, stored: Tensor, layout: Layout, window: int = 0) -> "KVCache":
         """The cache with more tokens (N, T, H, .), padded where sequences are shorter than the longest of `layout`."""
-        real = layout.real[..., None]
-        rows = (x.transpose(1, 2).flatten(0, 1) for x in (k, v, stored & real))
+        rows = (x.transpose(1, 2).flatten(0, 1) for x in (k, v, stored))
         recent = None
         if window > 1:  # what the next token will see of a window is one token fewer
-            seen = real & ~stored
+            seen = layout.real[..., None] & ~stored
             recent = self.recent
             if recent is None:
                 recent = Recent(*(x[:, :0] for x in (k.to(self.pages.k.dtype), v.to(self.pages.v.dtype), seen)))
