@@ -128,7 +128,7 @@ def write_split(
 ) -> dict[str, dict[str, int]]:
     """Writes every document into `fit` or `test` of a folder.
 
-    A fifth of the text, and what completes a group, is for testing; a hash of the groups' names decides which.
+    A fifth to two fifths of the text, whole groups, is for testing; a hash of the groups' names decides which.
 
     Args:
         documents: to write.
@@ -148,9 +148,11 @@ def write_split(
     for _, group, text in documents:
         sizes[group] += len(text)
     testing: set[str] = set()
+    held_out = 0
     for group in sorted(sizes, key=_digest):
-        if sum(sizes[each] for each in testing) < SHARE * sizes.total():
+        if held_out < SHARE * sizes.total() and held_out + sizes[group] <= 2 * SHARE * sizes.total():
             testing.add(group)
+            held_out += sizes[group]
 
     counts = {split: {"documents": 0, "characters": 0} for split in ("fit", "test")}
     for split in counts:
