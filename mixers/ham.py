@@ -162,7 +162,8 @@ class HAM(GatedDeltaNet):
 
     def _router_inputs(self, x: Tensor, q: Tensor, m: MemoryRead, state, layout: Layout) -> RouterInputs:
         # scores choose tokens, and a choice has no gradient: what they are made of is detached
-        q, k, v, prediction, g, beta = (part.detach() for part in (q, m.k, m.v, m.prediction, m.g, m.beta))
+        parts = (q, m.k, m.v, m.prediction, m.g, m.beta)
+        q, k, v, prediction, g, beta = (None if part is None else part.detach() for part in parts)
         statistics = None
         if self.router.predict == "statistics":
             prediction, statistics = None, prediction

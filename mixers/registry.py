@@ -307,6 +307,7 @@ ROUTERS = Registry(
         "residual": "mixers.routers.residual:Residual",
         "learned": "mixers.routers.learned:Learned",
         "demand": "mixers.routers.demand:Demand",
+        "key_norm": "mixers.routers.key_norm:KeyNorm",
         "recency": "mixers.routers.controls:Recency",
         "random": "mixers.routers.controls:Random",
         "static": "mixers.routers.controls:Static",

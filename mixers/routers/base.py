@@ -39,7 +39,7 @@ class RouterInputs:
         k: (B, T, H, K) normalised keys.
         v: (B, T, H, V) values.
         prediction: (B, T, H, V) float32, the value that the state answers for the key before the token is written; None
-            for a router with `predict = "statistics"`.
+            for a router with another `predict` than "values".
         g: (B, T, H) float32 log-decay, <= 0.
         beta: (B, T, H) float32 write strength in [0, 1].
         positions: (B, T) int64 place of the token in its sequence.
@@ -117,7 +117,7 @@ class Router(nn.Module):
     """
 
     predict = "values"
-    """`statistics`: p.v and p.p are enough, which saves a GPU the writing of every prediction."""
+    """`statistics`: p.v and p.p are enough, which saves a GPU the writing of every prediction; `none`: it looks at none."""
     trained_by_gate = False
     """True: in training a stored value passes a straight-through gate on its score, which so sees the task's loss."""
     tells_tokens_apart = True
