@@ -91,9 +91,9 @@ def attach(model: PreTrainedModel, *, layers: Iterable[int] | None = None, **opt
         names = {module: name for name, module in model.named_modules()}
         report, parts = AttachReport(), []
         found = probe(model)
-        wrong = {f"{type(one.module).__name__}: {one.wrong}" for one in found if one.wrong}
+        wrong = sorted({f"{type(one.module).__name__}: {one.wrong}" for one in found if one.wrong})
         if wrong:
-            raise SpecError(f"HAM cannot stand in for the attention of {type(model).__name__}: {'; '.join(sorted(wrong))}")
+            raise SpecError(f"HAM cannot be put into {type(model).__name__}: {'; '.join(wrong)}")
         free = [one for one in found if not one.sliding]
         if not free:
             what = "no module of it reaches transformers' attention interface"
@@ -135,7 +135,9 @@ def install(model: PreTrainedModel, parts: dict[nn.Module, HostedHAM], note: dic
 def parts_of(model: nn.Module) -> dict[str, HostedPart]:
     """The parts of a model, by the names of the modules that they stand in for."""
     return {
-        name.removesuffix(f".{CHILD}"): module for name, module in model.named_modules() if isinstance(module, HostedPart)
+        name.removesuffix(f".{CHILD}"): module
+        for name, module in model.named_modules()
+        if isinstance(module, HostedPart)
     }
 
 

@@ -11,9 +11,9 @@ Per key head, with the host's k_t, v_t, the queries q_t of its group and the inp
     y_t = a_t + f_t sigmoid(w.h_t + b) M r_t              M starts at zero; f_t: share of the tokens so far not stored
 
 What is stored is not written: the memory is left what attention will not see. (A router that looks at p_t cannot be
-asked before S is known; with such, all tokens are written. Measured in SmolLM2: not writing takes a tenth more off the
-error than writing all.) At KV usage 1, where f_t = 0 and every token is stored, y_t is what the host computes, after
-any training as well as before. Norms, biases, rotary positions, grouped heads and scale are the host's: they are in q, k and scale already.
+asked before S is known; with such, all tokens are written.) At KV usage 1, where f_t = 0 and every token is stored, y_t
+is what the host computes, after any training as well as before. Norms, biases, rotary positions, grouped heads and
+scale are the host's: they are in q, k and scale already.
 """
 
 import math
@@ -25,14 +25,14 @@ from torch.nn import functional as F
 
 from kernels.delta_rule import gated_delta_rule
 from kernels.sequences import Layout
+from mixers.always_seen import are_sinks, check_always_seen, counted
 from mixers.base import Mixer, MixerOutput, Routing
 from mixers.caches.paged import KVCache, attend_new
 from mixers.memory import normalise
-from mixers.registry import ROUTERS, THRESHOLDS, SpecError, check_range
+from mixers.registry import ROUTERS, THRESHOLDS, check_range
 from mixers.routers.base import RouterInputs, RouterState
 from mixers.routers.contract import name_of, score
 from mixers.state import MixerState
-from mixers.threshold import LARGEST
 
 FORGETTING = 0.003  # log-decay a token that memories start with
 ROUTER = {"name": "demand", "error": False}  # what hosts get if nothing is said
@@ -181,8 +181,8 @@ class HostedHAM(Mixer):
         attention_backend: str = "auto",
     ) -> None:
         super().__init__()
+        check_always_seen(window, sinks)
         check_range(1, window=window)
-        check_range(0, sinks=sinks)
         self.sizes, self.dim = sizes, sum(sizes.widths)
         self.window, self.sinks, self.attention_backend = window, sinks, attention_backend
         heads = sizes.num_kv_heads
@@ -218,7 +218,11 @@ class HostedHAM(Mixer):
     def mix(self, x: Tensor, state: HostedState | None, layout: Layout) -> MixerOutput:
         s = self.sizes
         h, q, k, v = x.split(s.widths, -1)
-        q, k, v = q.unflatten(-1, (-1, s.head_dim)), k.unflatten(-1, (-1, s.head_dim)), v.unflatten(-1, (-1, s.value_dim))
+        q, k, v = (
+            q.unflatten(-1, (-1, s.head_dim)),
+            k.unflatten(-1, (-1, s.head_dim)),
+            v.unflatten(-1, (-1, s.value_dim)),
+        )
         positions = layout.positions_after(None if state is None else state.length)
 
         # a router that looks at predictions is asked after the memory, any other before
@@ -232,11 +236,12 @@ class HostedHAM(Mixer):
         scores, remembered = score(self.router, inputs)
         scores = scores.float() + self.head_bias.float()
         if self.training:
-            self.threshold.observe(self.layer_index, self._counted(scores, positions, layout))
+            always = counted(scores, layout, positions, self.window_size(), self.sinks)
+            self.threshold.observe(self.layer_index, always)
         tau = of_token = self.threshold.tau(self.training).expand(self.num_heads)
         if self.threshold.usages is not None:
             of_token = self.threshold.tau_per_sequence(layout)
-        stored = (scores > of_token) | (positions < self.sinks)[..., None]
+        stored = (scores > of_token) | are_sinks(positions, self.sinks)
         if self.adds_memory and not errors:
             read, _, recurrent, g, beta = self.memory(h, q, k, v, stored, recurrent, layout, "none")
 
@@ -259,23 +264,11 @@ class HostedHAM(Mixer):
             state = HostedState(state.length + layout.lengths, cache, total, recurrent, remembered)
         return MixerOutput(y.flatten(2), state, routing)
 
-    def _counted(self, scores: Tensor, positions: Tensor, layout: Layout) -> Tensor:
-        """Scores as the threshold is to see them: above all others where a token is kept whatever its score.
-
-        So the usage asked for holds window and sinks, at the length that the threshold was calibrated on.
-        """
-        left = layout.per_token(layout.lengths) - layout.positions  # tokens to the end of the sequence, its own included
-        always = (positions < self.sinks) | (left <= self.window_size())
-        return scores.masked_fill(always[..., None], LARGEST)
-
     def _router_inputs(self, h, q, k, v, prediction, g, beta, positions, state, layout: Layout) -> RouterInputs:
         statistics = None
         if self.router.predict == "statistics":
             prediction, statistics = None, prediction
-        if state is None:
-            remembered = self.router.init_state(len(layout), g.device, g.dtype)
-        else:
-            remembered = state.router
+        remembered = self.router.init_state(len(layout), g.device, g.dtype) if state is None else state.router
         mean = q.unflatten(2, (self.num_heads, -1)).mean(3) * self.sizes.scale
         parts = (None if x is None else x.detach() for x in (h, mean, k, v, prediction, g, beta))
         options = dict(layer=self.layer_index, layout=layout, statistics=statistics, state=remembered)

@@ -4,7 +4,8 @@ Every decoder of transformers that calls `ALL_ATTENTION_FUNCTIONS` gives its att
 values as it would attend with them: after projections, biases, norms and rotary positions, keys and values still
 grouped. A function of ours under a name of our own (`NAME`), a layer of ours in the model's `Cache` that hands new keys
 through, and a hook that notes the input and the cache of the call are all that HAM needs: no adapter for each host, and
-no weight of the host is touched. A layer that was not taken (one with a sliding window of its own) is computed as before.
+no weight of the host is touched. A layer that was not taken, such as one with a sliding window of its own, is computed
+as before.
 """
 
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from mixers.adapters.hf_cache import layer_of
 from mixers.adapters.masks import beginnings, packed, read_mask
 from mixers.adapters.wrappers import CACHES, PACKING, arguments_of, refuse
 from mixers.registry import SpecError
-from mixers.retrofit.hosted import HostedHAM, HostSizes
+from mixers.retrofit.hosted import HostSizes
 
 NAME = "lightning_mixers"
 CHILD = "ham"  # of the host's attention module
@@ -100,9 +101,12 @@ def attention(
     B, T = q.shape[:2]
     if k.shape[1] != T or call.hidden.shape[:2] != (B, T):
         raise ValueError(
-            f"HAM in {type(module).__name__} got {T} queries and {k.shape[1]} keys: attention to another sequence, or a "
-            "cache of another model"
+            f"HAM in {type(module).__name__} got {T} queries and {k.shape[1]} keys: attention to another sequence, or "
+            "a cache of another model"
         )
+    if part.watch is not None:
+        part.watch(call.hidden, q, k, v)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **told)
     x = torch.cat([call.hidden.to(q.dtype), q.flatten(2), k.flatten(2), v.flatten(2)], -1)
     real, begins = read_mask(attention_mask, x, causal=True)
     begins = beginnings(x, real, begins, **{name: told.pop(name, None) for name in PACKING})
@@ -176,7 +180,7 @@ def probe(model: PreTrainedModel) -> list[Found]:
         for module, training in modes.items():
             module.training = training
     if len({id(one.module) for one in found}) < len(found):
-        raise SpecError(f"{type(model).__name__} calls one attention module several times in a pass: HAM needs one each")
+        raise SpecError(f"{type(model).__name__} calls an attention module several times in a pass: HAM needs one each")
     return found
 
 

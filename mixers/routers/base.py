@@ -117,7 +117,7 @@ class Router(nn.Module):
     """
 
     predict = "values"
-    """`statistics`: p.v and p.p are enough, which saves a GPU the writing of every prediction; `none`: it looks at none."""
+    """`statistics`: p.v and p.p are enough, which saves a GPU the writing of every prediction; `none`: none is."""
     trained_by_gate = False
     """True: in training a stored value passes a straight-through gate on its score, which so sees the task's loss."""
     tells_tokens_apart = True

@@ -1,7 +1,7 @@
 """Learning by demand: how much later tokens will ask for this one, forecast from the input of the layer.
 
-    score_t = log(||W_o^h u_t|| + 0.01) + w_h.x_t        beside how badly the token is predicted, for models trained with it
-    score_t = w_h.x_t + b_h                              alone (`error=False`), for models that were trained without
+    score_t = log(||W_o^h u_t|| + 0.01) + w_h.x_t        beside how badly the token is predicted
+    score_t = w_h.x_t + b_h                              alone (`error=False`), as in pretrained models
 
 In training w starts at zero (the residual router) and is trained only to match, by least squares, the z-scored log of
 the attention mass that later queries give the key when all keys are there. That target costs a dense pass, in training
