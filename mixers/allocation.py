@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from mixers.base import Mixer
 from mixers.calibration import calibrate
+from mixers.quantiles import INFINITE
 from mixers.registry import SpecError
 from mixers.sharing import routing_mixers
 from mixers.threshold import Threshold, check_usage, mean_over_ranks
@@ -131,5 +132,8 @@ def _line_search(bias: Tensor, unit: float, best: float, trial: Callable[[], flo
 
 
 def _spread(threshold: Threshold) -> float:
-    """The distance of high scores from the middle ones, in the units of the scores."""
-    return max(float((threshold.quantile(1 / 8) - threshold.quantile(1 / 2)).mean()), 1e-6)
+    """The distance of high scores from the middle ones, in the units of the scores; infinite ones are of no head."""
+    levels = threshold.table[threshold.table.abs() < INFINITE]
+    if not len(levels):
+        return 1e-6
+    return max(float(levels[(len(levels) - 1) * 7 // 8] - levels[(len(levels) - 1) // 2]), 1e-6)

@@ -24,7 +24,9 @@ class Routing:
         g: (B, T, H) float32, log-decay of the memory, <= 0.
         lengths: (N,) int64, tokens of every sequence.
         window: the last so many tokens are kept, stored or not.
-        limit: of the stored tokens of a head at most so many are kept; 0 keeps all.
+        limit: of the stored tokens of a head that the window has left behind at most so many are kept; 0 keeps all.
+        behind: (N, H) int64, how many such there are of each sequence; needed with a window or a limit, see
+            `mixers.always_seen.stored_behind`.
     """
 
     scores: Tensor
@@ -34,19 +36,15 @@ class Routing:
     lengths: Tensor
     window: int = 0
     limit: int = 0
+    behind: Tensor | None = None
 
     @property
     def kept(self) -> Tensor:
         """Tokens (H,) float that the cache holds when every sequence has been read."""
-        if self.limit:
-            packed = len(self.lengths) != len(self.stored)
-            rows = self.stored[0].split(self.lengths.tolist()) if packed else self.stored
-            return sum(row.sum(0).clamp(max=self.limit) for row in rows).float()
-        stored = self.stored.float().sum((0, 1))
-        if self.window:
-            # a router with a window stores nothing else, so the two parts do not overlap
-            stored = stored + self.lengths.clamp(max=self.window).sum()
-        return stored
+        if self.behind is None:
+            return self.stored.float().sum((0, 1))
+        behind = self.behind.clamp(max=self.limit) if self.limit else self.behind
+        return (behind.sum(0) + self.lengths.clamp(max=self.window).sum()).float()
 
     @property
     def usage(self) -> Tensor:

@@ -9,6 +9,7 @@ strength beta_t (`mixers.memory`):
     r_t = S_t q_t                                   4  its read-out
     m_t = [e_t > tau],  e_t = router(p_t, v_t, u_t, ...)          5  stored or not: how badly is the token predicted?
     a_t = sum_{j<=t, m_j} softmax_j(exp(s) q_t.k_j) v_j           6  attention to what is stored; 0 if nothing is
+                                                                     (and, if asked for, to a window and sinks)
     y_t = W_o[(g_RNN RMSNorm(r_t) + g_KV a_t) * SiLU(W_g x_t)]    7  the output
 
 with combine = "gates", g_RNN and g_KV = sigmoid(W x_t) per head; with combine = "sum" both are 1. The two memories
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 
 from kernels.routed_attention import BACKENDS
 from kernels.sequences import Layout
+from mixers.always_seen import are_sinks, check_always_seen, counted, stored_behind
 from mixers.base import MixerOutput, Routing
 from mixers.caches.bounded import BoundedCache
 from mixers.caches.paged import KVCache, attend_new
@@ -54,8 +56,12 @@ class HAM(GatedDeltaNet):
         threshold: spec of the threshold.
         scope: of the threshold: `model`, `layer` or `head`.
         combine: `sum` or `gates`, how the two read-outs become one.
-        max_tokens: stored tokens that a head keeps of a sequence, the best by score; 0 keeps all. It bounds memory, not
-            time: attention then looks at every pair of a block.
+        window: the last `window` tokens, the query's own among them, are seen, stored or not; of this and the router's
+            own window the larger counts.
+        sinks: the first `sinks` tokens of every sequence are stored. Both count in the KV usage, see
+            `mixers.always_seen`.
+        max_tokens: stored tokens that a head keeps of a sequence, the best by score, beside window and sinks; 0 keeps
+            all. It bounds memory, not time: attention then looks at every pair of a block.
         attention_backend: of `kernels.routed_attention`.
         options: of `gated_delta_net`; `rule` picks the recurrence.
     """
@@ -71,6 +77,8 @@ class HAM(GatedDeltaNet):
         threshold: str | dict = "calibrated",
         scope: str = "model",
         combine: str = "gates",
+        window: int = 0,
+        sinks: int = 0,
         max_tokens: int = 0,
         attention_backend: str = "auto",
         **options,
@@ -80,11 +88,13 @@ class HAM(GatedDeltaNet):
             raise SpecError("mixer 'ham' needs the memory's prediction, which backend 'fla' does not give")
         if combine not in ("sum", "gates"):
             raise unknown("combine", combine, ("sum", "gates"), of=" for mixer 'ham'")
+        check_always_seen(window, sinks)
         if max_tokens < 0:
             raise SpecError(f"max_tokens must be 0 (no limit) or a number of tokens, got {max_tokens}")
         if attention_backend != "auto" and attention_backend not in BACKENDS:
             raise unknown("attention_backend", attention_backend, ["auto", *BACKENDS], of=" for mixer 'ham'")
-        self.combine, self.max_tokens, self.attention_backend = combine, max_tokens, attention_backend
+        self.combine, self.attention_backend = combine, attention_backend
+        self.window, self.sinks, self.max_tokens = window, sinks, max_tokens
         for option in ("kv_usage", "scope"):
             if option in parse_spec(threshold):
                 raise SpecError(f"{option!r} is an option of mixer 'ham', not of its threshold")
@@ -118,12 +128,12 @@ class HAM(GatedDeltaNet):
         return HAMState(**vars(memory), kv=cache, router=router)
 
     def window_size(self) -> int:
-        return self.router.window(self.kv_usage)
+        return max(self.window, self.router.window(self.kv_usage))
 
     def _cache(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> KVCache | BoundedCache:
         sizes = batch_size, self.num_heads, self.memory.head_dim, self.memory.value_dim
         if self.max_tokens:
-            return BoundedCache.empty(*sizes, limit=self.max_tokens, dtype=dtype, device=device)
+            return BoundedCache.empty(*sizes, limit=self.max_tokens + self.sinks, dtype=dtype, device=device)
         return KVCache.empty(*sizes, dtype=dtype, device=device)
 
     def mix(self, x: Tensor, state: HAMState | None, layout: Layout) -> MixerOutput:
@@ -135,27 +145,33 @@ class HAM(GatedDeltaNet):
         # 5: e, stored (B, T, H); tau (H,), or of every token's sequence (N or 1, 1 or T, H)
         inputs = self._router_inputs(x, q, m, state, layout)
         ranked, remembered = self._score(inputs)
-        scores = ranked + self.head_bias.float()
+        scores, window = ranked + self.head_bias.float(), self.window_size()
         if self.training:
-            self.threshold.observe(self.layer_index, scores)
+            always = counted(scores, layout, inputs.positions, window, self.sinks)
+            self.threshold.observe(self.layer_index, always)
         tau = of_token = self.threshold.tau(self.training).expand(self.num_heads)
         if self.training and self.threshold.usages is not None:
             of_token = self.threshold.tau_per_sequence(layout)
         stored = scores > of_token
+        ranks = scores  # of what is stored
+        if self.sinks:
+            sinks = are_sinks(inputs.positions, self.sinks)
+            stored, ranks = stored | sinks, scores.masked_fill(sinks, torch.inf)
         v, aux_loss = m.v, None
         if self.training:
-            aux_loss = _sum(self.router.loss(inputs, ranked), self.threshold.loss(scores))
+            aux_loss = _sum(self.router.loss(inputs, ranked), self.threshold.loss(always))
             if self.router.trained_by_gate or self.threshold.trained_by_gate:
-                v = v * _straight_through(scores, of_token).to(v.dtype)[..., None]
+                v = v * _straight_through(ranks, of_token).to(v.dtype)[..., None]
 
         # 6: a (B, T, H, V)
-        window = self.window_size()
-        a, cache = self._attend(q, m.k, v, stored, scores, window, state, layout)
+        a, cache = self._attend(q, m.k, v, stored, ranks, window, state, layout)
 
         # 7: (B, T, D)
         hidden = self.out(self._combine(x, self.norm(m.read), a).flatten(2) * F.silu(self.gate(x)))
 
-        routing = Routing(scores, stored, tau, m.g.float(), layout.lengths, window, self.max_tokens)
+        limit = self.max_tokens and self.max_tokens + self.sinks
+        behind = stored_behind(stored, layout, window) if window or limit else None
+        routing = Routing(scores, stored, tau, m.g.float(), layout.lengths, window, limit, behind)
         if state is not None:
             state = HAMState(state.length + layout.lengths, m.recurrent, m.conv, cache, remembered)
         return MixerOutput(hidden, state, routing, aux_loss)
@@ -192,10 +208,8 @@ class HAM(GatedDeltaNet):
     ) -> tuple[Tensor, KVCache | BoundedCache | None]:
         """The read-out (B, T, H, V), and the cache that the next call goes on from."""
         if self.max_tokens:
-            if window:
-                raise SpecError("max_tokens and a router with a window do not go together")
             cache = self._cache(len(layout), k.dtype, k.device) if state is None else state.kv
-            return cache.attend(q, k, v, stored, scores, layout, scale=1.0)
+            return cache.attend(q, k, v, stored, scores, layout, scale=1.0, window=window)
         options = dict(scale=1.0, window=window, backend=self.attention_backend)
         if state is None:
             return attend_new(q, k, v, stored, layout, **options), None

@@ -145,17 +145,22 @@ def _cache_report(info: AttentionInfo, mixer: Mixer) -> str:
     if not state.caches:
         return f"KV cache: none (the host's: {theirs:,} bytes a token); {memory}"
     (cache,) = state.caches
-    usage, bound = 1.0, ""
-    if window := mixer.window_size():
-        bound = f", of the last {window} tokens alone"
-    elif mixer.routes and mixer.threshold.follows_usage:
-        usage = mixer.threshold.kv_usage
-    elif mixer.routes:
-        bound = ", of as many tokens as pass the fixed threshold"
-    if isinstance(cache, BoundedCache):
-        bound += f", of at most {cache.limit} tokens a head"
+    usage, what, bound = 1.0, "KV cache", ""
+    window, sinks = mixer.window_size(), getattr(mixer, "sinks", 0)
+    near = " and ".join([f"the last {window}"] * (window > 0) + [f"the first {sinks}"] * (sinks > 0)) + " tokens"
+    if not mixer.routes or mixer.router.window(mixer.threshold.kv_usage):
+        bound = f", of {near} alone" if window else ""
+    else:
+        if mixer.threshold.follows_usage:
+            usage = mixer.threshold.kv_usage
+        else:
+            bound = ", of as many tokens as pass the fixed threshold"
+        bound += f", {near} among them" if window or sinks else ""
+        if isinstance(cache, BoundedCache):
+            bound += f", of at most {cache.limit + window} tokens a head"
+        elif mixer.threshold.follows_usage:
+            what += f" at usage {usage:g}"
     ours = usage * cache.heads * cache.bytes_per_token
-    what = f"KV cache at usage {usage:g}" if mixer.routes and not bound else "KV cache"
     return f"{what}: {ours:,.0f} bytes a token, {ours / theirs:.2f}x the host's {theirs:,}{bound}; {memory}"
 
 

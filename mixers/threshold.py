@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from kernels.sequences import Layout
-from mixers.quantiles import LEVELS, quantiles, value_above
+from mixers.quantiles import LARGEST, LEVELS, averaged, fault, quantiles, value_above
 from mixers.registry import DescribesMixers, SpecError, check_range, unknown
 
 SAMPLE = 8192  # tokens of a step that a layer's quantiles are taken from
-LARGEST = 1e38  # what infinite scores count as
 CHECK_EVERY = 64  # steps; looking at the scores makes a GPU wait
 SCOPES = ("model", "layer", "head")
 
@@ -162,7 +161,7 @@ class Threshold(nn.Module):
 
     @torch.no_grad()
     def observe(self, layer: int, scores: Tensor) -> None:
-        """Note a layer's scores (B, T, H) of a training step.
+        """Note a layer's scores (B, T, H) of a training step, infinite where a token is kept whatever its score.
 
         A step ends when one of its layers comes round again (if `micro_batches` is 1), or by `close_step`; tau is read
         after this call, so that all layers of a step have the same. Activation checkpointing runs layers again in the
@@ -196,27 +195,20 @@ class Threshold(nn.Module):
         weight = 1 / (self.steps + 1).to(self.table)  # a tensor: reading it would make a GPU wait
         if not self.averaging:
             weight = weight.clamp(min=1 - self.momentum)
-        self.table.lerp_(table.to(self.table), weight)
+        table = table.to(self.table)
+        self.table.copy_(averaged(torch.where(self.steps == 0, table, self.table), table, weight))
         self.steps += 1
         if not self.averaging:
             self.adjust(finite)
 
     def _warn_of_ties(self, scores: Tensor, table: Tensor) -> None:
-        """Warn, once, of scores (groups, n) too many of which are equal, or NaN, to store the usage asked for."""
-        usage, self._closed = self.kv_usage, self._closed + 1
+        """Warn, once, of scores (groups, n) that do not allow the usage asked for."""
+        self._closed += 1
         if self._warned or not (self.averaging or self._closed % CHECK_EVERY == 1):
             return
-        if scores.isnan().any():
-            what = "gave NaN, which is never stored"
-        elif scores.shape[1] * min(usage, 1 - usage) < 8:  # too few to tell
-            return
-        else:
-            stored = float((scores > value_above(table, usage)[:, None]).float().mean())
-            if usage / 2 <= stored <= (1 + usage) / 2:
-                return
-            what = f"gives too many tokens the same score: the KV usage {usage:g} becomes {stored:.2g}"
-        self._warned = True
-        warnings.warn(f"router {self.router} {what}", stacklevel=3)
+        if what := fault(scores, table, self.kv_usage):
+            self._warned = True
+            warnings.warn(f"router {self.router} {what}", stacklevel=3)
 
     def adjust(self, scores: Tensor) -> None:
         """Move what the kind of threshold moves, given the step's scores (groups, n)."""

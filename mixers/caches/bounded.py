@@ -1,14 +1,16 @@
 """A cache with a ceiling: of a head's stored tokens, those of the highest scores, as in HOLA (arXiv 2607.02303).
 
 A token that a better one has driven out never comes back, so what a query sees are the best of the tokens stored up to
-it: of equal scores, the older.
+it: of equal scores, the older. With a window the last tokens are seen besides, stored or not, and compete for a place
+once it has left them behind.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kernels.routed_attention.torch_gathered import attend
 from kernels.sequences import Layout
@@ -18,21 +20,25 @@ QUERY_BLOCK = 256
 
 @dataclass
 class BoundedCache:
-    """Keys and values of at most `limit` tokens in each of R = N * heads rows.
+    """Keys and values of at most `limit` tokens, and of a window, in each of R = N * heads rows.
 
     Attributes:
-        k: (R, M, K) in order of position; M grows up to `limit`.
+        k: (R, M, K) in order of position; M grows up to `limit` and the tokens of the window.
         v: (R, M, V).
-        score: (R, M) float32; -inf is an empty place.
+        score: (R, M) float32; -inf of what is not stored.
+        near: (R, M) bool: tokens that are in the window still. What is neither stored nor near is an empty place.
         heads: H.
-        limit: tokens that a row keeps at most.
+        limit: tokens that a row keeps at most, beside those of the window.
+        recent: how many of the M places, the last, are the window's.
     """
 
     k: Tensor
     v: Tensor
     score: Tensor
+    near: Tensor
     heads: int
     limit: int
+    recent: int = 0
 
     @classmethod
     def empty(
@@ -40,13 +46,14 @@ class BoundedCache:
     ) -> "BoundedCache":
         """A cache without entries."""
         like, rows = dict(dtype=dtype, device=device), batch_size * heads
-        score = torch.zeros(rows, 0, dtype=torch.float32, device=device)
-        return cls(torch.zeros(rows, 0, key_dim, **like), torch.zeros(rows, 0, value_dim, **like), score, heads, limit)
+        k, v = torch.zeros(rows, 0, key_dim, **like), torch.zeros(rows, 0, value_dim, **like)
+        score, near = (torch.zeros(rows, 0, dtype=kind, device=device) for kind in (torch.float32, torch.bool))
+        return cls(k, v, score, near, heads, limit)
 
     @property
     def counts(self) -> Tensor:
         """Tokens (N, H) that are kept."""
-        return (self.score > -torch.inf).sum(1).view(-1, self.heads)
+        return (self.near | (self.score > -torch.inf)).sum(1).view(-1, self.heads)
 
     @property
     def bytes(self) -> int:
@@ -64,7 +71,7 @@ class BoundedCache:
         return type(self).__name__, self.heads, self.k.shape[2], self.v.shape[2], self.limit
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "BoundedCache":
-        return BoundedCache(function(self.k), function(self.v), function(self.score), self.heads, self.limit)
+        return replace(self, **{name: function(getattr(self, name)) for name in ("k", "v", "score", "near")})
 
     def select(self, index: Tensor) -> "BoundedCache":
         """The cache of some sequences (n,) int64, in that order; one may be taken twice."""
@@ -72,7 +79,16 @@ class BoundedCache:
         return self.map(lambda x: x[rows])
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, stored: Tensor, scores: Tensor, layout: Layout, *, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        stored: Tensor,
+        scores: Tensor,
+        layout: Layout,
+        *,
+        scale: float,
+        window: int = 0,
     ) -> tuple[Tensor, "BoundedCache"]:
         """Attend from new tokens to what is kept and to themselves.
 
@@ -84,6 +100,7 @@ class BoundedCache:
             scores: (B, T, H) float32, by which stored tokens are kept.
             layout: of the new tokens.
             scale: factor of q.k.
+            window: tokens nearer than this are seen, stored or not.
 
         Returns:
             The read-out (B, T, H_q, V) in the dtype of q, and the cache with the new tokens.
@@ -93,24 +110,47 @@ class BoundedCache:
         scores = scores.masked_fill(~(stored & layout.real[..., None]), -torch.inf)
         q = q.unflatten(2, (H, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # (R, groups, T, K)
         k, v, scores = (x.transpose(1, 2).flatten(0, 1) for x in (k, v, scores))
-        cache, parts = self, []
-        blocks = zip(*(x.split(QUERY_BLOCK, dim) for x, dim in ((q, 2), (k, 1), (v, 1), (scores, 1))), strict=True)
-        for block in blocks:
-            o, cache = cache._block(*block, scale)
+        real, cache, parts = layout.real.repeat_interleave(H, 0), self, []
+        split = ((q, 2), (k, 1), (v, 1), (scores, 1), (real, 1))
+        for block in zip(*(x.split(QUERY_BLOCK, dim) for x, dim in split), strict=True):
+            o, cache = cache._block(*block, scale, window)
             parts.append(o)
         o = torch.cat(parts, 2).unflatten(0, (-1, H)).permute(0, 3, 1, 2, 4).flatten(2, 3)
         return layout.unpad(o), cache
 
-    def _block(self, q: Tensor, k: Tensor, v: Tensor, scores: Tensor, scale: float) -> tuple[Tensor, "BoundedCache"]:
+    def _block(self, q, k, v, scores, real, scale: float, window: int) -> tuple[Tensor, "BoundedCache"]:
+        """q (R, groups, T, K); k, v, scores and real (R, T, ...), of which the real ones come first."""
+        T, recent = k.shape[1], self.recent
+        held = self.score.shape[1] - recent
         k, v = torch.cat([self.k, k.to(self.k.dtype)], 1), torch.cat([self.v, v.to(self.v.dtype)], 1)
-        score = torch.cat([self.score, scores], 1)  # (R, C)
-        seen = best(score, self.score.shape[1], self.limit)
+        score, near = torch.cat([self.score, scores], 1), torch.cat([self.near, real], 1)  # (R, C)
+        place = torch.arange(score.shape[1], device=k.device)
+
+        # (R, 1 + left, C): what is kept when so many tokens have left the window, up to all but those of the next query
+        stays = min(max(window - 1, 0), recent + T)
+        rivals = score[:, : score.shape[1] - stays]
+        kept = torch.cat(
+            [(rivals > -torch.inf)[:, None] & (place[: rivals.shape[1]] < held), best(rivals, held, self.limit)], 1
+        )
+        kept = F.pad(kept, (0, stays))
+
+        token = torch.arange(T, device=k.device)
+        behind = held + recent + token[:, None] - place
+        seen = kept[:, (recent + 1 - window + token).clamp(min=0)]
+        seen = seen | near[:, None] & (behind >= 0) & (behind < window)
         o = attend(q, k.to(q.dtype), v.to(q.dtype), seen, scale=scale)
-        kept = seen[:, -1]
+
+        row, new = torch.arange(len(k), device=k.device), real.sum(1)
+        kept = kept[row, (recent + new - stays).clamp(min=0)]
         order = (~kept).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(kept.sum(1).max())]
+        last = (held + recent + new)[:, None] + torch.arange(-stays, 0, device=k.device)
+        exists, order = last >= held, torch.cat([order, last.clamp(min=0)], 1)
         k, v = (x.gather(1, order[..., None].expand(-1, -1, x.shape[-1])) for x in (k, v))
-        score = score.masked_fill(~kept, -torch.inf).gather(1, order)
-        return o, BoundedCache(k, v, score, self.heads, self.limit)
+        exists = torch.cat([kept.gather(1, order[:, : order.shape[1] - stays]), exists], 1)
+        score = score.gather(1, order).masked_fill(~exists, -torch.inf)
+        near = near.gather(1, order) & exists
+        near = near & (torch.arange(order.shape[1], device=k.device) >= order.shape[1] - stays)
+        return o, BoundedCache(k, v, score, near, self.heads, self.limit, stays)
 
 
 def best(score: Tensor, held: int, limit: int) -> Tensor:

@@ -23,6 +23,9 @@ HAMS = {
     "ham linear_attention": {"rule": "linear_attention", "router": "cosine"},
     "ham grouped": {"num_value_heads": 4, "value_dim": 3, "conv_size": 2},
     "ham bounded": {"max_tokens": 4},
+    "ham window and sinks": {"window": 5, "sinks": 2},
+    "ham bounded window": {"max_tokens": 3, "window": 4, "sinks": 2},
+    "ham bounded recency": {"max_tokens": 3, "router": {"name": "recency", "window": 3}},
     "ham fixed": {"threshold": {"name": "fixed", "tau": 0.9}, "router": "cosine"},
     "ham learned threshold": {"threshold": "learned", "scope": "head"},
 }
@@ -88,8 +91,8 @@ def tensors_of(state):
 def entries_of(cache):
     """What a cache holds, sequence by sequence and head by head, wherever it lies."""
     if isinstance(cache, BoundedCache):
-        there = cache.score > -torch.inf
-        return {"k": cache.k[there], "v": cache.v[there], "score": cache.score[there], "counts": cache.counts}
+        there = cache.near | (cache.score > -torch.inf)
+        return {name: getattr(cache, name)[there] for name in ("k", "v", "score", "near")} | {"counts": cache.counts}
     k, v, there = cache.pages.rows(torch.arange(len(cache.pages.length)))
     found = {
         "k": k[there],

@@ -5,7 +5,9 @@ import torch
 from torch.testing import assert_close
 
 from kernels.paged_attention import PAGE
+from kernels.sequences import Layout
 from mixers import Decoder, build_mixer, calibrate, kv_cache_bytes, set_kv_usage
+from mixers.always_seen import stored_behind
 from mixers.gated_delta_net import RecurrentState
 from mixers.ham import HAM
 from mixers.state import full_kv_bytes
@@ -61,16 +63,17 @@ def test_the_cache_holds_what_was_stored_and_no_more(case):
     mixer = make(case, torch.float32)
     out = mixer(tokens(0, 3, 30, dtype=torch.float32), mixer.init_state(3))
     spec = CASES[case]
-    if isinstance(mixer, HAM) and mixer.max_tokens:
-        assert torch.equal(out.state.kv.counts, out.routing.stored.sum(1).clamp(max=mixer.max_tokens))
-        assert torch.equal(out.state.kv.counts.sum(0).float(), out.routing.kept)
-        most = int(out.state.kv.counts.max())
-        assert kv_cache_bytes(out.state) == 3 * mixer.num_heads * most * 4 * (4 + 4 + 1)  # key, value, score
-        return
     if isinstance(mixer, HAM):
-        window = out.routing.window
-        kept = out.routing.kept.long() - 3 * (0 < window <= 30)  # what no later token will see has left the window
-        assert torch.equal(out.state.kv.counts.sum(0), kept)
+        window, limit = out.routing.window, out.routing.limit
+        kept = stored_behind(out.routing.stored, Layout.of(None, out.hidden), max(window - 1, 0))
+        kept = kept.clamp(max=limit) if limit else kept
+        assert torch.equal(out.state.kv.counts, kept + min(max(window - 1, 0), 30))
+        # what no later token will see has left the window
+        assert ((out.routing.kept - out.state.kv.counts.sum(0)).abs() <= 3 * (0 < window <= 30)).all()
+        if limit:
+            most = int(out.state.kv.counts.max())
+            assert kv_cache_bytes(out.state) == 3 * mixer.num_heads * most * 4 * (4 + 4 + 1)  # key, value, score
+            return
         entry = 4 * (mixer.memory.head_dim + mixer.memory.value_dim)
     elif spec["name"] == "attention":
         window = spec.get("window", 0)
@@ -153,6 +156,7 @@ class TestUsage:
         spec = {key: x for key, x in CASES[case].items() if key in options}
         gdn = build_mixer("gdn", dim=DIM, **spec).double()
         gdn.load_state_dict({name: x for name, x in mixer.state_dict().items() if name in gdn.state_dict()})
+        mixer.window = mixer.sinks = 0  # these stay at any usage
         x = tokens(0, 2, 30)
         out = mixer(x, mixer.init_state(2))
         assert not out.routing.stored.any()
@@ -170,9 +174,10 @@ class TestUsage:
         out = mixer(tokens(0, 2, 30), mixer.init_state(2))
         name = mixer.router.__class__.__name__
         if name == "Recency":  # the last tokens: as many as the cache's window has room for
-            assert out.routing.window == (3 if case == "ham window" else 512)
+            assert out.routing.window == (512 if case == "ham recency" else 3)
         elif mixer.max_tokens:
-            assert out.state.kv.counts.tolist() == [[mixer.max_tokens] * mixer.num_heads] * 2
+            held = mixer.max_tokens + max(mixer.window - 1, 0) + mixer.sinks
+            assert out.state.kv.counts.tolist() == [[held] * mixer.num_heads] * 2
         elif name != "Nothing":
             assert out.routing.stored.all()
             assert torch.equal(out.routing.usage, torch.ones(mixer.num_heads))

@@ -148,6 +148,11 @@ class TestDecoders:
                 {"name": "ham", "max_tokens": 9},
                 "1.00x the host's 64, of at most 9 tokens a head; 1,664 bytes of memory",
             ),
+            (
+                {"name": "ham", "kv_usage": 0.25, "window": 8, "sinks": 2},
+                "at usage 0.25: 64 bytes a token, 1.00x the host's 64, the last 8 and the first 2 tokens among them; ",
+            ),
+            ({"name": "ham", "router": "recency", "window": 600}, "the host's 64, of the last 600 tokens alone; "),
             ("gdn", r"KV cache: none \(the host's: 64 bytes a token\); .* bytes of memory a sequence"),
             ("attention", "KV cache: 64 bytes a token, 1.00x the host's 64; 0 bytes of memory a sequence"),
             ({"name": "attention", "window": 3}, "1.00x the host's 64, of the last 3 tokens alone; "),
