@@ -29,6 +29,7 @@ from mixers.adapters.wrappers import PACKING, refuse, warn_of_lora_without_thres
 from mixers.backbone import Decoder
 from mixers.base import Mixer
 from mixers.registry import DescribesMixers, parse_pattern, with_usage
+from mixers.retrofit.folder import RetrofitConfig  # noqa: F401  # its folders are found, too
 from mixers.swap import swap_mixers
 
 REMOTE = '''"""Loads this model where the package lightning-mixers is installed."""

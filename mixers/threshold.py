@@ -48,7 +48,7 @@ class Threshold(nn.Module):
         self.scope, self.momentum = scope, momentum
         self.kv_usage = check_usage(kv_usage)
         groups = num_heads if scope == "head" else 1
-        self.register_buffer("table", torch.zeros(groups, LEVELS))
+        self.register_buffer("table", torch.zeros(groups, LEVELS, dtype=torch.float32))  # whatever the default
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self._pending: dict[int, Tensor] = {}  # layer -> scores (tokens, H) of the step under way
         self._counted: dict[str, Tensor] | None = None  # the buffers as they will be when that step is closed

@@ -189,10 +189,17 @@ class HostedHAM(Mixer):
         self.router = ROUTERS.build(router, sizes.dim, heads)
         self.threshold = THRESHOLDS.build("calibrated", heads, kv_usage=kv_usage, scope=scope)
         self.threshold.router = name_of(self.router) if self.router.tells_tokens_apart else ""
-        self.register_buffer("head_bias", torch.zeros(heads))
+        self.register_buffer("head_bias", torch.zeros(heads, dtype=torch.float32))
         self.adds_memory = memory
         self.memory = HostMemory(sizes) if memory or self.router.predict != "none" else None
         self.host: tuple[nn.Module, ...] = ()  # in a tuple, so that its weights are not ours
+
+    def _apply(self, fn, recurse=True):
+        """Follow the host to its device and dtype, but for what is compared with thresholds."""
+        bias = self.head_bias
+        super()._apply(fn, recurse)
+        self.head_bias = bias.to(self.head_bias.device)
+        return self
 
     @property
     def num_heads(self) -> int:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from mixers.retrofit.attach import HostedPart
+from mixers.retrofit.parts import HostedPart
 
 Watcher = Callable[[str, HostedPart, Tensor, Tensor, Tensor, Tensor], None]
 """(name, part, h (B, T, D), q (B, T, heads, K), k (B, T, H, K), v (B, T, H, V))"""

@@ -5,34 +5,15 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
-from mixers.registry import DescribesMixers, SpecError
-from mixers.retrofit.hosted import HostedHAM, HostSizes
-from mixers.retrofit.seam import CHILD, before_call, probe, through_the_seam
-from mixers.sharing import share_threshold
+from mixers.registry import SpecError
+from mixers.retrofit.folder import become
+from mixers.retrofit.hosted import HostSizes
+from mixers.retrofit.parts import HostedPart, install, parts_of
+from mixers.retrofit.seam import probe, through_the_seam
 
-NOTE = "mixer_retrofit"  # in the model's config: what was attached, by which it is built again
-
-
-class HostedPart(HostedHAM, DescribesMixers):
-    """A `HostedHAM` that writes a KV usage set later into its model's config.
-
-    Attributes:
-        call: what the hook noted of the call under way.
-        routing: of the last call.
-        watch: while a part is fitted, what is shown the calls; the host's own attention answers meanwhile.
-    """
-
-    def __init__(self, sizes: HostSizes, **options: Any) -> None:
-        super().__init__(sizes, **options)
-        self.call = self.routing = self.watch = None
-        self.note: dict[str, Any] = {}
-
-    def describe_usage(self, kv_usage: float) -> None:
-        if self.note:
-            self.note["options"]["kv_usage"] = kv_usage
+DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")  # of attention weights, in configs
 
 
 @dataclass
@@ -111,34 +92,10 @@ def attach(model: PreTrainedModel, *, layers: Iterable[int] | None = None, **opt
                 except TypeError as error:
                     raise SpecError(f"HAM around a host: {error}") from None
         sizes = {one.name: asdict(one.sizes) for one in report if not one.kept}
-        install(model, dict(parts), {"modules": sizes, "options": options})
+        note = {"modules": sizes, "options": copy.deepcopy(options)}
+        become(model, note)
+        install(model, dict(parts), note)
     return report
-
-
-def install(model: PreTrainedModel, parts: dict[nn.Module, HostedHAM], note: dict[str, Any]) -> None:
-    """Puts parts into their modules, shares their threshold, and writes the note into the model's config."""
-    for module, part in parts.items():
-        like = next(module.parameters())
-        part.to(device=like.device, dtype=like.dtype).train(module.training)
-        part.host, part.note = (module,), note
-        module.add_module(CHILD, part)
-        module.register_forward_pre_hook(before_call, with_kwargs=True)
-    share_threshold(model)
-    shared = model.config
-    config = copy.deepcopy(shared)
-    setattr(config, NOTE, note)
-    for module in model.modules():
-        if getattr(module, "config", None) is shared:
-            module.config = config
-
-
-def parts_of(model: nn.Module) -> dict[str, HostedPart]:
-    """The parts of a model, by the names of the modules that they stand in for."""
-    return {
-        name.removesuffix(f".{CHILD}"): module
-        for name, module in model.named_modules()
-        if isinstance(module, HostedPart)
-    }
 
 
 def _check(model: Any) -> None:
@@ -151,11 +108,10 @@ def _check(model: Any) -> None:
         raise SpecError(f"{kind} has HAM already")
     if not model.can_generate():
         raise SpecError(f"HAM cannot be put into {kind}: it is no causal language model")
-    if getattr(model.config, "attention_dropout", 0):
-        raise SpecError(
-            f"HAM has no dropout of attention weights, {kind} has {model.config.attention_dropout}: set "
-            "model.config.attention_dropout = 0 and load it anew"
-        )
+    for name in DROPOUTS:
+        if dropout := getattr(model.config, name, 0):
+            what = f"HAM has no dropout of attention weights, {kind} has {name}={dropout}"
+            raise SpecError(f"{what}: load it by from_pretrained(..., {name}=0)")
 
 
 def _chosen(free: list, layers: Iterable[int] | None) -> list:
