@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kernels.sequences import Layout
 from mixers.base import Mixer, MixerOutput
 from mixers.caches.paged import KVCache, attend_new
-from mixers.layers import ShortConvolution, rotary
+from mixers.layers import ShortConvolution, parts_of, rotary, start_biases_at_zero
 from mixers.registry import SpecError, check_positive
 from mixers.state import MixerState
 
@@ -36,6 +36,7 @@ class Attention(Mixer):
         rope_base: of the rotation's wavelengths, in tokens.
         window: see the last `window` tokens only; 0 sees all.
         conv_size: taps of a short convolution of q, k and v, as recurrent mixers have; 0 is none.
+        bias: of the projections to q, k and v and to the output.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Attention(Mixer):
         rope_base: float = 10_000.0,
         window: int = 0,
         conv_size: int = 0,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.dim = dim
@@ -66,9 +68,10 @@ class Attention(Mixer):
         if conv_size < 0 or conv_size == 1:
             raise SpecError(f"conv_size must be 0 (none) or at least 2, got {conv_size}")
         self.heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
-        self.qkv = nn.Linear(dim, sum(self.heads) * self.head_dim, bias=False)
+        self.qkv = nn.Linear(dim, sum(self.heads) * self.head_dim, bias=bias)
         self.conv = ShortConvolution(self.qkv.out_features, taps=conv_size) if conv_size else None
-        self.out = nn.Linear(num_heads * self.head_dim, dim, bias=False)
+        self.out = nn.Linear(num_heads * self.head_dim, dim, bias=bias)
+        start_biases_at_zero(self.qkv, self.out)
 
     def init_state(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -81,8 +84,10 @@ class Attention(Mixer):
         return AttentionState(length, cache, conv)
 
     def projections(self) -> dict[str, Tensor]:
-        parts = self.qkv.weight.split([heads * self.head_dim for heads in self.heads])
-        return dict(zip("qkv", parts, strict=True)) | {"o": self.out.weight}
+        return parts_of(self.qkv, [heads * self.head_dim for heads in self.heads], self.out, "weight")
+
+    def biases(self) -> dict[str, Tensor]:
+        return parts_of(self.qkv, [heads * self.head_dim for heads in self.heads], self.out, "bias")
 
     def window_size(self) -> int:
         return self.window

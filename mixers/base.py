@@ -121,6 +121,10 @@ class Mixer(nn.Module):
         """
         return {}
 
+    def biases(self) -> dict[str, Tensor]:
+        """The biases (out,) of the same, views; empty where they have none."""
+        return {}
+
     def window_size(self) -> int:
         """How many of the last tokens are attended to; 0: there is no such bound.
 

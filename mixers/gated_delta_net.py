@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from kernels.sequences import Layout
 from mixers.base import Mixer, MixerOutput
-from mixers.layers import RMSNorm
+from mixers.layers import RMSNorm, parts_of, start_biases_at_zero
 from mixers.memory import Memory
 from mixers.registry import check_positive, check_range
 from mixers.state import MixerState
@@ -45,10 +45,13 @@ class GatedDeltaNet(Mixer):
         head_dim: K, of a query or key; default dim // num_heads.
         value_dim: V, of a value; default `head_dim`.
         num_value_heads: heads of values, each with a state of its own; a multiple of, and by default, `num_heads`.
+        num_kv_heads: heads of keys and values, each with a state of its own that a group of queries reads; a divisor
+            of, and by default, `num_heads`.
         conv_size: taps of the short convolution, at least 2.
         norm_eps: of the read-out's RMSNorm.
         rule: another recurrence than the mixer's own, see `mixers.memory`.
         backend: of the recurrence, see `kernels.delta_rule`.
+        bias: of the projections to q, k and v and to the output.
     """
 
     rule = "gated_delta_net"
@@ -61,10 +64,12 @@ class GatedDeltaNet(Mixer):
         head_dim: int | None = None,
         value_dim: int | None = None,
         num_value_heads: int | None = None,
+        num_kv_heads: int | None = None,
         conv_size: int = 4,
         norm_eps: float = 1e-5,
         rule: str | None = None,
         backend: str = "auto",
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.dim = dim
@@ -76,15 +81,23 @@ class GatedDeltaNet(Mixer):
             head_dim=dim // num_heads if head_dim is None else head_dim,
             value_dim=value_dim,
             num_value_heads=num_value_heads,
+            num_kv_heads=num_kv_heads,
             conv_size=conv_size,
             rule=rule or self.rule,
             backend=backend,
+            bias=bias,
         )
-        inner = self.memory.num_states * self.memory.value_dim
+        inner = self.memory.num_reads * self.memory.value_dim
         self.norm = RMSNorm(self.memory.value_dim, eps=norm_eps)
         self.gate = nn.Linear(dim, inner)
         nn.init.ones_(self.gate.bias)  # starts open: a gate of random sign hides what the memory answers
-        self.out = nn.Linear(inner, dim, bias=False)
+        self.out = nn.Linear(inner, dim, bias=bias)
+        start_biases_at_zero(self.out)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of values, each with a state; of keys as many, or `num_heads` if those are fewer."""
+        return self.memory.num_states
 
     def init_state(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -93,7 +106,10 @@ class GatedDeltaNet(Mixer):
         return RecurrentState(torch.zeros(batch_size, dtype=torch.long, device=recurrent.device), recurrent, conv)
 
     def projections(self) -> dict[str, Tensor]:
-        return dict(zip("qkv", self.memory.qkv.weight.split(self.memory.widths), strict=True)) | {"o": self.out.weight}
+        return parts_of(self.memory.qkv, self.memory.widths, self.out, "weight")
+
+    def biases(self) -> dict[str, Tensor]:
+        return parts_of(self.memory.qkv, self.memory.widths, self.out, "bias")
 
     def mix(self, x: Tensor, state: RecurrentState | None, layout: Layout) -> MixerOutput:
         recurrent, conv = (None, None) if state is None else (state.recurrent, state.conv)

@@ -98,16 +98,16 @@ class HAM(GatedDeltaNet):
         for option in ("kv_usage", "scope"):
             if option in parse_spec(threshold):
                 raise SpecError(f"{option!r} is an option of mixer 'ham', not of its threshold")
-        heads = self.memory.num_states
+        heads, reads = self.memory.num_states, self.memory.num_reads
         self.router = ROUTERS.build(router, dim, heads)
         self.threshold = THRESHOLDS.build(threshold, heads, kv_usage=kv_usage, scope=scope)
         self.threshold.router = name_of(self.router) if self.router.tells_tokens_apart else ""
         self._examined = False  # the router, once
         self.register_buffer("head_bias", torch.zeros(heads))  # of the scores; `mixers.allocate` sets it
-        self.log_scale = nn.Parameter(torch.full((heads,), math.log(2 * math.sqrt(self.memory.head_dim))))  # s
+        self.log_scale = nn.Parameter(torch.full((reads,), math.log(2 * math.sqrt(self.memory.head_dim))))  # s
         self.log_scale._no_weight_decay = True
         if combine == "gates":
-            self.read_gates = nn.Linear(dim, 2 * heads)
+            self.read_gates = nn.Linear(dim, 2 * reads)
 
     @property
     def num_heads(self) -> int:
@@ -137,7 +137,8 @@ class HAM(GatedDeltaNet):
         return KVCache.empty(*sizes, dtype=dtype, device=device)
 
     def mix(self, x: Tensor, state: HAMState | None, layout: Layout) -> MixerOutput:
-        # 1 to 4: q, k (B, T, H, K); v, p, r (B, T, H, V); g, beta (B, T, H); S (N, H, K, V)
+        # 1 to 4: q (B, T, R, K), k (B, T, H, K); r (B, T, R, V), v, p (B, T, H, V); g, beta (B, T, H); S (N, H, K, V)
+        # R = H, or R / H queries, a group, share the key, the value, the state and what is stored of one of the H heads
         recurrent, conv = (None, None) if state is None else (state.recurrent, state.conv)
         m = self.memory(x, recurrent, conv, layout, predict=self.router.predict)
         q = m.q * self.log_scale.exp().to(m.q.dtype)[:, None]
@@ -163,7 +164,7 @@ class HAM(GatedDeltaNet):
             if self.router.trained_by_gate or self.threshold.trained_by_gate:
                 v = v * _straight_through(ranks, of_token).to(v.dtype)[..., None]
 
-        # 6: a (B, T, H, V)
+        # 6: a (B, T, R, V)
         a, cache = self._attend(q, m.k, v, stored, ranks, window, state, layout)
 
         # 7: (B, T, D)
@@ -183,7 +184,8 @@ class HAM(GatedDeltaNet):
         statistics = None
         if self.router.predict == "statistics":
             prediction, statistics = None, prediction
-        weight = self.out.weight.detach().unflatten(1, (self.num_heads, -1))
+        weight = self.out.weight.detach().unflatten(1, (self.num_heads, -1, self.memory.value_dim))  # (D, H, R / H, V)
+        weight = weight.transpose(1, 2).flatten(0, 1)
         if state is None:
             positions, remembered = layout.positions, self.router.init_state(len(layout), g.device, g.dtype)
         else:
@@ -206,7 +208,7 @@ class HAM(GatedDeltaNet):
     def _attend(
         self, q, k, v, stored, scores, window: int, state, layout
     ) -> tuple[Tensor, KVCache | BoundedCache | None]:
-        """The read-out (B, T, H, V), and the cache that the next call goes on from."""
+        """The read-out (B, T, R, V), and the cache that the next call goes on from."""
         if self.max_tokens:
             cache = self._cache(len(layout), k.dtype, k.device) if state is None else state.kv
             return cache.attend(q, k, v, stored, scores, layout, scale=1.0, window=window)

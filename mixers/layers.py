@@ -8,6 +8,20 @@ from kernels.sequences import Layout
 from kernels.short_convolution import short_convolution
 
 
+def start_biases_at_zero(*layers: nn.Linear) -> None:
+    """What biases these have starts at zero."""
+    for layer in layers:
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+def parts_of(qkv: nn.Linear, widths: list[int], out: nn.Linear, name: str) -> dict[str, Tensor]:
+    """The weights or biases (`name`) of the projections to q, k and v, which are one layer, and of o; empty: none."""
+    if getattr(qkv, name) is None:
+        return {}
+    return dict(zip("qkv", getattr(qkv, name).split(widths), strict=True)) | {"o": getattr(out, name)}
+
+
 class ShortConvolution(nn.Module):
     """Causal depthwise convolution over the last `taps` tokens, then SiLU.
 

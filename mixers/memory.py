@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from kernels.delta_rule import BACKENDS, gated_delta_rule
 from kernels.sequences import Layout
-from mixers.layers import ShortConvolution
+from mixers.layers import ShortConvolution, start_biases_at_zero
 from mixers.registry import SpecError, check_positive, unknown
 
 RULES = {"linear_attention": (False, False), "delta_net": (True, False), "gated_delta_net": (True, True)}
@@ -36,12 +36,13 @@ class MemoryRead:
     """What the memory made of the tokens.
 
     Attributes:
-        q: (B, T, H, K) normalised, in the dtype of the input, as k, v and read.
+        q: (B, T, R, K) normalised, in the dtype of the input, as k, v and read; R is H, or a multiple of it where
+            a group of queries reads one state: query r reads state r // (R // H).
         k: (B, T, H, K) normalised.
         v: (B, T, H, V).
         g: (B, T, H) float32, log-decay, <= 0.
         beta: (B, T, H) float32, write strength in [0, 1].
-        read: (B, T, H, V), the read-out.
+        read: (B, T, R, V), the read-out.
         prediction: (B, T, H, V) float32, its statistics (B, T, H, 2), or None, as was asked.
         recurrent: (N, H, K, V) float32, the new state.
         conv: (N, taps - 1, channels), the new tail of the convolution.
@@ -63,13 +64,16 @@ class Memory(nn.Module):
 
     Args:
         dim: width D of the input.
-        num_heads: heads H of queries and keys.
+        num_heads: heads of queries and keys.
         head_dim: K, of a query or key.
         value_dim: V, of a value; default `head_dim`.
         num_value_heads: heads of values, each with a state of its own; a multiple of `num_heads`, and by default it.
+        num_kv_heads: heads of keys and values, each with a state of its own; a divisor of `num_heads`, and by default
+            it.
         conv_size: taps of the short convolution.
         rule: `linear_attention`, `delta_net` or `gated_delta_net`.
         backend: of `kernels.delta_rule`.
+        bias: of the projections to q, k and v.
     """
 
     def __init__(
@@ -80,9 +84,11 @@ class Memory(nn.Module):
         head_dim: int,
         value_dim: int | None,
         num_value_heads: int | None,
+        num_kv_heads: int | None,
         conv_size: int,
         rule: str,
         backend: str,
+        bias: bool,
     ) -> None:
         super().__init__()
         rule = {"gdn": "gated_delta_net"}.get(rule, rule)
@@ -91,20 +97,28 @@ class Memory(nn.Module):
         self.delta, self.decays = RULES[rule]
         self.num_heads, self.head_dim, self.backend = num_heads, head_dim, backend
         self.value_dim = head_dim if value_dim is None else value_dim
-        self.num_states = num_heads if num_value_heads is None else num_value_heads
-        sizes = dict(value_dim=self.value_dim, num_value_heads=self.num_states)
+        key_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.num_states = key_heads if num_value_heads is None else num_value_heads
+        sizes = dict(value_dim=self.value_dim, num_kv_heads=key_heads, num_value_heads=self.num_states)
         check_positive(num_heads=num_heads, head_dim=head_dim, **sizes)
         if backend != "auto" and backend not in BACKENDS:
             raise unknown("backend", backend, ["auto", *BACKENDS], of=" of the recurrent memory")
         if conv_size < 2:
             raise SpecError(f"conv_size must be at least 2, got {conv_size}")
-        if self.num_states % num_heads:
+        if num_kv_heads is not None and num_value_heads is not None:
+            raise SpecError("num_value_heads and num_kv_heads do not go together; leave one out")
+        if num_kv_heads is None and self.num_states % num_heads:
             raise SpecError(f"num_value_heads ({self.num_states}) must be a multiple of num_heads ({num_heads})")
-        self.widths = [num_heads * head_dim, num_heads * head_dim, self.num_states * self.value_dim]
-        self.qkv = nn.Linear(dim, sum(self.widths), bias=False)
+        if num_heads % key_heads:
+            raise SpecError(f"num_heads ({num_heads}) must be a multiple of num_kv_heads ({key_heads})")
+        self.num_reads = max(num_heads, self.num_states)
+        self.widths = [num_heads * head_dim, key_heads * head_dim, self.num_states * self.value_dim]
+        self.qkv = nn.Linear(dim, sum(self.widths), bias=bias)
+        start_biases_at_zero(self.qkv)
         self.conv = ShortConvolution(sum(self.widths), taps=conv_size)
         with torch.no_grad():  # a query starts as the key of the same token: recall is a matter of matching the two
-            self.qkv.weight[: self.widths[0]] = self.qkv.weight[self.widths[0] : 2 * self.widths[0]]
+            q, k, _ = self.qkv.weight.split(self.widths)
+            q.unflatten(0, (key_heads, -1, head_dim)).copy_(k.unflatten(0, (key_heads, 1, head_dim)))
         if self.delta:
             self.beta = nn.Linear(dim, self.num_states, bias=False)
         if self.decays:
@@ -132,7 +146,7 @@ class Memory(nn.Module):
         layout: Layout,
         predict: str = "values",
     ) -> MemoryRead:
-        """Read and write tokens; q and k are repeated where value heads are grouped.
+        """Read and write tokens; q and k are repeated where each is of several value heads.
 
         Args:
             x: (B, T, D).
@@ -153,10 +167,15 @@ class Memory(nn.Module):
             g = -self.A_log.to(exact).exp() * F.softplus(self.decay(x).to(exact) + self.dt_bias.to(exact))
         else:
             g = torch.zeros_like(beta)
-        read, prediction, recurrent = gated_delta_rule(
-            q, k, v, g, beta, scale=1.0, initial_state=recurrent, cu_seqlens=layout,
-            backend=self.backend, delta=self.delta, predict=predict,
-        )  # fmt: skip
+        options = dict(scale=1.0, cu_seqlens=layout, backend=self.backend, delta=self.delta, predict=predict)
+        if (group := self.num_reads // self.num_states) == 1:
+            read, prediction, recurrent = gated_delta_rule(q, k, v, g, beta, initial_state=recurrent, **options)
+        else:  # the kernel has a state for every query: those of a group are the same, and one of them is kept
+            each = (part.repeat_interleave(group, 2) for part in (k, v, g, beta))
+            initial = None if recurrent is None else recurrent.repeat_interleave(group, 1)
+            read, prediction, recurrent = gated_delta_rule(q, *each, initial_state=initial, **options)
+            prediction = None if prediction is None else prediction[:, :, ::group]
+            recurrent = recurrent[:, ::group]
         return MemoryRead(q, k, v, g, beta, read, prediction, recurrent, conv)
 
 

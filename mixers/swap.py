@@ -26,27 +26,29 @@ class Swap:
         name: of the module.
         was: its class.
         weights: what became of its q, k, v and o.
-        biases: whether it had biases, which are left out.
+        biases: which of theirs were carried and which left out; empty if there are none.
         reads: which tokens a token sees now.
         cache: what the mixer keeps of a sequence, against what the host kept; empty where there is no cache.
         fused: how one weight of q, k and v was read, where that was not certain.
+        rope: what the mixer has of the host's rotary positions.
     """
 
     name: str
     was: str
     weights: dict[str, str]
-    biases: bool
+    biases: str
     reads: str = ""
     cache: str = ""
     fused: str = ""
+    rope: str = ""
 
     @property
     def details(self) -> list[str]:
         """What was done, a line for each thing; modules of one kind have the same."""
         lines = [f"reads {self.reads}"] + [f"{part}: {what}" for part, what in self.weights.items()]
         lines += [f"taken for {self.fused} in one weight: pass carry_weights=False if not so"] if self.fused else []
-        lines += ["biases of the host were left out"] if self.biases else []
-        return lines + ([self.cache] if self.cache else [])
+        lines += [f"biases {self.biases}"] if self.biases else []
+        return lines + [line for line in (self.rope, self.cache) if line]
 
 
 class SwapReport(list[Swap]):
@@ -74,12 +76,14 @@ def swap_mixers(
 ) -> SwapReport:
     """Replaces attention modules of a model by mixers, in place.
 
-    Heads and widths are read from each module; q, k, v and o are copied where shapes allow. That is a start, not the
-    same function: a mixer has more than these, so train what comes out. In decoders the mixer reads forwards, in
-    encoders both ways; the direction is never guessed (see `causal`). Decoders read documents that are packed in a row
-    alone: told by positions that start again, cu_seq_lens, seq_idx or a block-diagonal mask. What else a call asks for
-    and a mixer cannot do is a ValueError. HAM layers share one threshold; usage is relative to the query heads, and the
-    report says what it is of the host's own cache. Add `aux_loss(model)` to the loss if the router has one.
+    Heads, grouped keys, widths, biases and the base of rotary positions are read from each module; q, k, v and o are
+    copied where shapes allow. `attention` is then the host's own where that has no more to it (norms of queries and
+    keys, scaled positions, a window of its own). Other mixers have more than these, so train what comes out. In
+    decoders the mixer reads forwards, in encoders both ways; the direction is never guessed (see `causal`). Decoders
+    read documents that are packed in a row alone: told by positions that start again, cu_seq_lens, seq_idx or a
+    block-diagonal mask. What else a call asks for and a mixer cannot do is a ValueError. HAM layers share one
+    threshold; the report says what their cache is of the host's own. Add `aux_loss(model)` to the loss if the router
+    has one.
 
     Args:
         model: any module; Hugging Face decoders and Vision Transformers, nn.TransformerEncoder, timm's blocks, or
@@ -113,14 +117,15 @@ def swap_mixers(
         info = describe(module)
         wrapper = wrapper_of(name, module, info, causal)
         known = MIXERS.options(spec["name"])
-        sizes = {"num_heads": info.num_heads, "head_dim": info.head_dim, "num_kv_heads": info.num_kv_heads}
-        built = MIXERS.build({k: v for k, v in sizes.items() if k in known} | spec | options, dim=info.dim)
+        built = MIXERS.build(_options_of(info, known, spec | options), dim=info.dim)
         weights = copy_projections(info, built) if carry_weights else dict.fromkeys("qkvo", "new: as asked")
+        biases = weights.pop("biases", "new: as asked" if info.biases else "")
         like = next(module.parameters())
         built.to(device=like.device, dtype=like.dtype).train(module.training)
         new = wrapper(built, module)
         cache = _cache_report(info, built) if reads(new) == InDecoder.reads else ""
-        swap = Swap(name, type(module).__name__, weights, info.biases, reads(new), cache, info.fused)
+        rope = _rope_report(info, built) if "rope_base" in known else ""
+        swap = Swap(name, type(module).__name__, weights, biases, reads(new), cache, info.fused, rope)
         made.append((name, new, swap))
     for name, new, _ in made:
         parent, _, child = name.rpartition(".")
@@ -131,6 +136,29 @@ def swap_mixers(
     for _, new, _ in made:
         new.described = swap
     return SwapReport(swap for *_, swap in made)
+
+
+def _options_of(info: AttentionInfo, known: Iterable[str], given: dict[str, Any]) -> dict[str, Any]:
+    """Those of a mixer: what is given, and of the others what the host tells, if the mixer knows such an option."""
+    host = {"num_heads": info.num_heads, "head_dim": info.head_dim, "num_kv_heads": info.num_kv_heads}
+    if given.get("num_value_heads") is not None:
+        del host["num_kv_heads"]
+    if info.biases and not isinstance(info.biases, bool):
+        host["bias"] = True
+    if info.rope_base is not None:
+        host["rope_base"] = info.rope_base
+    return {option: value for option, value in host.items() if option in known} | given
+
+
+def _rope_report(info: AttentionInfo, mixer: Mixer) -> str:
+    """What a mixer with rotary positions has of the host's."""
+    if not getattr(mixer, "rope", False):
+        return "" if info.rope_base is None else "rotary positions of the host were left out: as asked"
+    if info.rope_base is None:
+        return f"rotary positions: base {mixer.rope_base:g}; none known of the host"
+    theirs = "the host's" if mixer.rope_base == info.rope_base else f"as asked, the host's is {info.rope_base:g}"
+    more = f"; left out: {info.rope_more}" if info.rope_more else ""
+    return f"rotary positions: base {mixer.rope_base:g}, {theirs}{more}"
 
 
 def _cache_report(info: AttentionInfo, mixer: Mixer) -> str:

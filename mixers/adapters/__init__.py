@@ -4,9 +4,10 @@
 None if it does not know the module; `register_adapter` adds one of your own before ours.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,10 @@ class AttentionInfo:
         num_kv_heads: key and value heads; default `num_heads`.
         head_dim: default dim // num_heads.
         weights: of q, k, v and o by these letters, (out, in), as far as they can be read.
-        biases: whether the projections have biases.
+        biases: of the same, (out,), as far as they can be read; True if there are some and they cannot.
         fused: how one weight of q, k and v was read, if another order of its rows could not be told from this one.
+        rope_base: of the rotary positions of queries and keys, None if it has none or they are not known.
+        rope_more: what its rotary positions have beside a base, in words; empty if nothing.
     """
 
     dim: int
@@ -38,8 +41,10 @@ class AttentionInfo:
     num_kv_heads: int | None = None
     head_dim: int | None = None
     weights: dict[str, Tensor] = field(default_factory=dict)
-    biases: bool = False
+    biases: dict[str, Tensor] | bool = False
     fused: str = ""
+    rope_base: float | None = None
+    rope_more: str = ""
 
     def __post_init__(self) -> None:
         self.num_kv_heads = self.num_kv_heads or self.num_heads
@@ -148,6 +153,19 @@ def _heads(module: nn.Module) -> int | None:
     return _attribute(module, "num_heads", "num_attention_heads", "n_heads", "n_head")
 
 
+def _rope(module: nn.Module) -> dict[str, Any]:
+    """`rope_base` and `rope_more` of a module's config: of all layers, or by their kind, as transformers has them."""
+    config = getattr(module, "config", None)
+    found = getattr(config, "rope_parameters", None) or {}
+    found = found.get(getattr(module, "layer_type", None), found) if isinstance(found, Mapping) else {}
+    base = found.get("rope_theta", getattr(config, "rope_theta", None))
+    if not isinstance(base, int | float):
+        return {}
+    kind, share = found.get("rope_type", "default"), found.get("partial_rotary_factor", 1.0)
+    more = [f"scaling {kind!r}"] * (kind != "default") + [f"a share of {share:g} of each head"] * (share != 1)
+    return {"rope_base": float(base), "rope_more": " and ".join(more)}
+
+
 def _linear(module: nn.Module, *names: str) -> list[nn.Linear] | None:
     """The children of these names, if all are linear."""
     layers = [getattr(module, name, None) for name in names]
@@ -175,7 +193,8 @@ def four_projections(module: nn.Module) -> AttentionInfo | None:
         num_kv_heads=k.out_features // head_dim,
         head_dim=head_dim,
         weights={part: layer.weight for part, layer in zip("qkvo", layers, strict=True)},
-        biases=any(layer.bias is not None for layer in layers),
+        biases={part: layer.bias for part, layer in zip("qkvo", layers, strict=True) if layer.bias is not None},
+        **_rope(module),
     )
 
 
@@ -207,18 +226,26 @@ def one_projection(module: nn.Module) -> AttentionInfo | None:
         return None
     if not grouped or heads % (grouped // head_dim):
         return None
-    if by_head:
-        parts = qkv.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(1, 2)
-    else:
-        parts = qkv.split([width, grouped, grouped])
+
+    def parts(x: Tensor) -> Iterable[Tensor]:
+        return (
+            x.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(1, 2)
+            if by_head
+            else x.split([width, grouped, grouped])
+        )
+
+    biases = {} if found[0].bias is None else dict(zip("qkv", parts(found[0].bias), strict=True))
+    if found[1].bias is not None:
+        biases["o"] = found[1].bias
     return AttentionInfo(
         qkv.shape[1],
         heads,
         num_kv_heads=grouped // head_dim,
         head_dim=head_dim,
-        weights=dict(zip("qkv", parts, strict=True)) | {"o": out},
-        biases=any(layer.bias is not None for layer in found),
+        weights=dict(zip("qkv", parts(qkv), strict=True)) | {"o": out},
+        biases=biases,
         fused="" if _package(module) else "q, k and v " + ("head by head" if by_head else "one after the other"),
+        **_rope(module),
     )
 
 
@@ -228,13 +255,15 @@ def multihead_attention(module: nn.Module) -> AttentionInfo | None:
     if not isinstance(module, nn.MultiheadAttention) or not module._qkv_same_embed_dim:
         return None
     weights = dict(zip("qkv", module.in_proj_weight.chunk(3), strict=True)) | {"o": module.out_proj.weight}
-    biases = module.in_proj_bias is not None
+    biases = {}
+    if module.in_proj_bias is not None:
+        biases = dict(zip("qkv", module.in_proj_bias.chunk(3), strict=True)) | {"o": module.out_proj.bias}
     return AttentionInfo(module.embed_dim, module.num_heads, InMultiheadAttention, weights=weights, biases=biases)
 
 
 @torch.no_grad()
 def copy_projections(info: AttentionInfo, mixer: Mixer) -> dict[str, str]:
-    """Copies the projections of an attention module into a mixer's, where shapes allow.
+    """Copies the projections of an attention module into a mixer's, with their biases, where shapes allow.
 
     Args:
         info: of the attention module.
@@ -242,21 +271,35 @@ def copy_projections(info: AttentionInfo, mixer: Mixer) -> dict[str, str]:
 
     Returns:
         What became of each of q, k, v and o: `carried`; `carried, each head 4 times` (grouped keys and values in a
-        mixer that has as many as queries); or `new: ` and why.
+        mixer that has as many as queries); or `new: ` and why. Of `biases`, if the host has any: which are carried and
+        which are left out.
     """
-    ours, report = mixer.projections(), {}
+    ours, biases, report, carried = mixer.projections(), mixer.biases(), {}, []
+    their_biases = info.biases if isinstance(info.biases, Mapping) else dict.fromkeys("qkvo" if info.biases else "")
     for part in "qkvo":
         theirs, target = info.weights.get(part), ours.get(part)
         if theirs is None or target is None:
             report[part] = "new: " + ("not found in the host" if theirs is None else "the mixer has none")
             continue
         times = 1
-        if part in "kv" and theirs.shape[0] < target.shape[0] == info.num_heads * info.head_dim:
+        grouped = getattr(mixer, "num_kv_heads", None) == info.num_kv_heads  # then wider rows are not more heads
+        if part in "kv" and not grouped and theirs.shape[0] < target.shape[0] == info.num_heads * info.head_dim:
             times = info.num_heads // info.num_kv_heads
-            theirs = theirs.unflatten(0, (info.num_kv_heads, -1)).repeat_interleave(times, 0).flatten(0, 1)
+        theirs = _each_head(theirs, info.num_kv_heads, times)
         if theirs.shape != target.shape:
             report[part] = f"new: {tuple(theirs.shape)} there, {tuple(target.shape)} here"
             continue
         target.copy_(theirs)
         report[part] = "carried" if times == 1 else f"carried, each head {times} times"
+        if part in biases and their_biases.get(part) is not None:
+            biases[part].copy_(_each_head(their_biases[part], info.num_kv_heads, times))
+            carried.append(part)
+    if their_biases:
+        parts = {"carried": carried, "left out": [part for part in their_biases if part not in carried]}
+        report["biases"] = "; ".join(f"{what}: {', '.join(which)}" for what, which in parts.items() if which)
     return report
+
+
+def _each_head(x: Tensor, heads: int, times: int) -> Tensor:
+    """Rows of every head of x (heads * rows, ...), so many times."""
+    return x if times == 1 else x.unflatten(0, (heads, -1)).repeat_interleave(times, 0).flatten(0, 1)

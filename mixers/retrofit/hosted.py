@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from kernels.delta_rule import gated_delta_rule
 from kernels.sequences import Layout
-from mixers.always_seen import are_sinks, check_always_seen, counted
+from mixers.always_seen import are_sinks, check_always_seen, counted, stored_behind
 from mixers.base import Mixer, MixerOutput, Routing
 from mixers.caches.paged import KVCache, attend_new
 from mixers.memory import normalise
@@ -265,7 +265,8 @@ class HostedHAM(Mixer):
             missing = 1 - count / (positions + 1)[..., None]
             y = y + self.memory.added(h, read, missing).to(y.dtype)
 
-        routing = Routing(scores, stored, tau, g.float(), layout.lengths, window)
+        behind = stored_behind(stored, layout, window)
+        routing = Routing(scores, stored, tau, g.float(), layout.lengths, window, behind=behind)
         if state is not None:
             total = state.stored + _total(stored, layout)
             state = HostedState(state.length + layout.lengths, cache, total, recurrent, remembered)

@@ -35,7 +35,8 @@ class RouterInputs:
 
     Attributes:
         x: (B, T, D) input of the mixer.
-        q: (B, T, H, K) queries as attention uses them: normalised, times the learned scale.
+        q: (B, T, R, K) queries as attention uses them: normalised, times the learned scale. R is H, or a multiple of
+            it where keys are grouped: query r reads head r // (R // H).
         k: (B, T, H, K) normalised keys.
         v: (B, T, H, V) values.
         prediction: (B, T, H, V) float32, the value that the state answers for the key before the token is written; None
@@ -44,7 +45,7 @@ class RouterInputs:
         beta: (B, T, H) float32 write strength in [0, 1].
         positions: (B, T) int64 place of the token in its sequence.
         layer: index of the mixer in its model.
-        output_weight: (D, H, V), the output projection.
+        output_weight: (D, H, V), the output projection; (R // H D, H, V), one below the other, where keys are grouped.
         layout: how the sequences lie in (B, T).
         statistics: (B, T, H, 2) float32, p.v and p.p, for a router that asked for no more.
         state: what the router remembers of the N sequences, for a router with `init_state`; else None.

@@ -57,13 +57,16 @@ class Demand(Router):
 
 @torch.no_grad()
 def attention_mass(inputs: RouterInputs) -> Tensor:
-    """Sum (B, T, H) of the attention weights that later tokens of the sequence give each key, all keys being there."""
+    """Sum (B, T, H) of the attention weights that later tokens of the sequence give each key, all keys being there.
+
+    Where keys are grouped, it is the mean over the queries of a group.
+    """
     layout = inputs.layout
-    q, k = layout.pad(inputs.q), layout.pad(inputs.k)
-    logits = torch.einsum("bthk,bjhk->bhtj", q, k).float()
+    q, k = layout.pad(inputs.q).unflatten(2, (inputs.k.shape[2], -1)), layout.pad(inputs.k)
+    logits = torch.einsum("bthgk,bjhk->bghtj", q, k).float()
     T = q.shape[1]
     later = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
     weights = logits.masked_fill(~later, -torch.inf).softmax(-1).tril(-1)
     if layout.packed:
-        weights = weights * layout.real[:, None, :, None]
-    return layout.unpad(weights.sum(2).transpose(1, 2))
+        weights = weights * layout.real[:, None, None, :, None]
+    return layout.unpad(weights.sum(3).mean(1).transpose(1, 2))

@@ -22,6 +22,7 @@ HAMS = {
     "ham delta_net": {"rule": "delta_net"},
     "ham linear_attention": {"rule": "linear_attention", "router": "cosine"},
     "ham grouped": {"num_value_heads": 4, "value_dim": 3, "conv_size": 2},
+    "ham grouped queries": {"num_heads": 4, "num_kv_heads": 2, "router": "demand", "bias": True},
     "ham bounded": {"max_tokens": 4},
     "ham window and sinks": {"window": 5, "sinks": 2},
     "ham bounded window": {"max_tokens": 3, "window": 4, "sinks": 2},
@@ -32,6 +33,8 @@ HAMS = {
 CASES = {
     **{name: {"name": name} | {k: v for k, v in SMALL.items() if k in MIXERS.options(name)} for name in list_mixers()},
     **{case: {"name": "ham", **SMALL, **options} for case, options in HAMS.items()},
+    "gdn grouped queries": {"name": "gdn", **SMALL, "num_heads": 6, "num_kv_heads": 2, "bias": True},
+    "attention bias": {"name": "attention", **SMALL, "bias": True},
     "gdn grouped": {"name": "gdn", **SMALL, "num_value_heads": 4, "value_dim": 3, "conv_size": 2},
     "attention window": {"name": "attention", **SMALL, "window": 4},
     "attention grouped": {"name": "attention", **SMALL, "num_heads": 4, "num_kv_heads": 2, "rope": False},

@@ -53,11 +53,10 @@ def test_the_direction_is_asked_for_and_kept(own):
 def test_attention_with_the_carried_weights_is_the_same_function(own):
     """Any other order or orientation of rows would show."""
     model, x = made(own), torch.randn(2, 7, 16, dtype=torch.float64)
-    for layer in (m for m in model.modules() if isinstance(m, nn.Linear)):
-        nn.init.zeros_(layer.bias)
     theirs = copy.deepcopy(model)
     report = swap_mixers(model, {"name": "attention", "rope": False}, causal=True)
     assert len(report) == 2 and set(report[0].weights.values()) == {"carried"}
+    assert report[0].biases == "carried: q, k, v, o"
     assert ("taken for q, k and v one after the other" in str(report)) == (own != "separate")
     assert_close(model(x), theirs(x), rtol=1e-9, atol=1e-9)
 

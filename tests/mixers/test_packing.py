@@ -119,7 +119,7 @@ def test_what_cannot_be_read_is_refused(host):
 
 
 def test_an_encoder_takes_one_document_to_a_row():
-    config = GemmaConfig(**SIZES, head_dim=8, use_bidirectional_attention=True)
+    config = GemmaConfig(**SIZES, num_key_value_heads=2, head_dim=8, use_bidirectional_attention=True)
     model, x = GemmaModel(config), tokens(1, 9)
     assert swap_mixers(model, "gdn")[0].reads == "both ways"
     assert model(x, position_ids=PLAIN, use_cache=False).last_hidden_state.shape == (1, 9, 32)

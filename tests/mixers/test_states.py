@@ -152,7 +152,7 @@ class TestUsage:
     def test_at_0_it_is_its_recurrent_mixer(self, case):
         mixer = make(case, kv_usage=0)
         set_kv_usage(mixer, 0)
-        options = (*SMALL, "rule", "num_value_heads", "value_dim", "conv_size")
+        options = (*SMALL, "rule", "num_value_heads", "num_kv_heads", "value_dim", "conv_size", "bias")
         spec = {key: x for key, x in CASES[case].items() if key in options}
         gdn = build_mixer("gdn", dim=DIM, **spec).double()
         gdn.load_state_dict({name: x for name, x in mixer.state_dict().items() if name in gdn.state_dict()})

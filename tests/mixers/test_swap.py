@@ -77,28 +77,69 @@ class TestDecoders:
         report = swap_mixers(model, "ham", where=where)
         ours = model.model.layers[1].self_attn.mixer.projections()
         assert torch.equal(ours["q"], theirs.q_proj.weight) and torch.equal(ours["o"], theirs.o_proj.weight)
-        repeated = theirs.k_proj.weight.unflatten(0, (2, 8)).repeat_interleave(2, 0).flatten(0, 1)
-        assert torch.equal(ours["k"], repeated)
-        assert report[1].weights == {
-            "q": "carried", "k": "carried, each head 2 times", "v": "carried, each head 2 times", "o": "carried",
-        }  # fmt: skip
+        assert torch.equal(ours["k"], theirs.k_proj.weight) and torch.equal(ours["v"], theirs.v_proj.weight)
+        assert report[1].weights == dict.fromkeys("qkvo", "carried")
         assert "4 modules replaced" in str(report) and "LlamaAttention: model.layers.0.self_attn" in str(report)
 
+        for options in ({"num_kv_heads": 4}, {"num_value_heads": 4}):
+            model = plain("llama")[0]
+            theirs = model.model.layers[1].self_attn.v_proj.weight
+            report = swap_mixers(model, "gdn", where=where, **options)
+            repeated = theirs.unflatten(0, (2, 8)).repeat_interleave(2, 0).flatten(0, 1)
+            assert torch.equal(model.model.layers[1].self_attn.mixer.projections()["v"], repeated)
+            assert report[0].weights["v"] == "carried, each head 2 times"
         report = swap_mixers(plain("llama")[0], "gdn", where=where, value_dim=16, carry_weights=True)
-        assert report[0].weights["v"].startswith("new: (16, 32) there, (64, 32) here")
+        assert report[0].weights["v"].startswith("new: (16, 32) there, (32, 32) here")
         report = swap_mixers(plain("llama")[0], "gdn", where=where, carry_weights=False)
         assert set(report[0].weights.values()) == {"new: as asked"}
 
-    def test_grouped_heads_stay_grouped_in_attention(self):
-        """And then it is the very same function, positions and all."""
+    @pytest.mark.parametrize("host", ["llama", "qwen2", "neox", "phi3"])
+    def test_attention_is_the_host_with_its_groups_biases_and_positions(self, host):
         torch.manual_seed(0)
-        model, where = plain("llama")
-        model, x = model.eval(), tokens(2, 9)
+        (cls, config, where), x = DECODERS[host], tokens(2, 40)
+        config = copy.deepcopy(config)
+        config.rope_parameters |= {"rope_theta": 300.0, "partial_rotary_factor": 1.0}
+        model = cls(config).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                nn.init.normal_(parameter)
+            elif "proj" in name or "query_key_value" in name:
+                parameter.data *= 5  # so that it matters which tokens are near
         before = model(x).logits
         report = swap_mixers(model, "attention", where=where)
         assert set(report[0].weights.values()) == {"carried"}
-        assert model.model.layers[0].self_attn.mixer.num_kv_heads == 2
-        assert_close(model(x).logits, before, rtol=1e-4, atol=1e-5)
+        biases = {"llama": "", "qwen2": "carried: q, k, v", "neox": "carried: q, k, v, o", "phi3": ""}[host]
+        assert report[0].biases == biases and "rotary positions: base 300, the host's\n" in str(report)
+        assert_close(model(x).logits, before, rtol=1e-4, atol=1e-4)
+
+    def test_positions_of_the_host_that_are_not_taken_over_are_named(self):
+        for theirs, options, told in (
+            ({"rope_theta": 300.0}, {"rope_base": 20.0}, "base 20, as asked, the host's is 300"),
+            ({"rope_theta": 300.0}, {"rope": False}, "rotary positions of the host were left out: as asked"),
+            (
+                {"rope_type": "linear", "factor": 2.0, "rope_theta": 50.0, "partial_rotary_factor": 0.5},
+                {},
+                "base 50, the host's; left out: scaling 'linear' and a share of 0.5 of each head",
+            ),
+        ):
+            report = swap_mixers(LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=theirs)), "attention", **options)
+            assert told in str(report)
+        report = swap_mixers(plain("gpt2")[0], "attention")
+        assert "rotary positions: base 10000; none known of the host" in str(report)
+        layers = swap_mixers(plain("gemma3")[0], "attention", where=DECODERS["gemma3"][2])
+        assert "base 10000, the host's" in layers[0].rope
+
+    @pytest.mark.parametrize("mixer", ["ham", "gdn"])
+    def test_groups_and_biases_go_into_every_mixer(self, mixer):
+        model, where = plain("qwen2")
+        theirs = model.model.layers[0].self_attn
+        nn.init.normal_(theirs.k_proj.bias)
+        report = swap_mixers(model, mixer, where=where)
+        ours = model.model.layers[0].self_attn.mixer
+        assert torch.equal(ours.biases()["k"], theirs.k_proj.bias) and not ours.biases()["o"].any()
+        assert ours.memory.num_states == 2 and "biases carried: q, k, v" in str(report)
+        without = swap_mixers(plain("qwen2")[0], mixer, where=where, bias=False)
+        assert without[0].biases == "left out: q, k, v"
 
     @every_decoder
     def test_the_rows_of_every_head_are_carried_to_their_place(self, host):
@@ -141,16 +182,17 @@ class TestDecoders:
     @pytest.mark.parametrize(
         ("mixer", "told"),
         [
-            ({"name": "ham", "kv_usage": 0.25}, "KV cache at usage 0.25: 64 bytes a token, 1.00x the host's 64; "),
-            ({"name": "ham", "kv_usage": 0.1}, "KV cache at usage 0.1: 26 bytes a token, 0.40x the host's 64; "),
-            (HAM, "KV cache: 256 bytes a token, 4.00x the host's 64, of as many tokens as pass the fixed threshold; "),
+            ({"name": "ham", "kv_usage": 0.25}, "KV cache at usage 0.25: 16 bytes a token, 0.25x the host's 64; "),
+            ({"name": "ham", "kv_usage": 0.1}, "KV cache at usage 0.1: 6 bytes a token, 0.10x the host's 64; "),
+            ({"name": "ham", "num_kv_heads": 8}, "KV cache at usage 0.25: 64 bytes a token, 1.00x the host's 64; "),
+            (HAM, "KV cache: 64 bytes a token, 1.00x the host's 64, of as many tokens as pass the fixed threshold; "),
             (
                 {"name": "ham", "max_tokens": 9},
-                "1.00x the host's 64, of at most 9 tokens a head; 1,664 bytes of memory",
+                "0.25x the host's 64, of at most 9 tokens a head; 704 bytes of memory",
             ),
             (
                 {"name": "ham", "kv_usage": 0.25, "window": 8, "sinks": 2},
-                "at usage 0.25: 64 bytes a token, 1.00x the host's 64, the last 8 and the first 2 tokens among them; ",
+                "at usage 0.25: 16 bytes a token, 0.25x the host's 64, the last 8 and the first 2 tokens among them; ",
             ),
             ({"name": "ham", "router": "recency", "window": 600}, "the host's 64, of the last 600 tokens alone; "),
             ("gdn", r"KV cache: none \(the host's: 64 bytes a token\); .* bytes of memory a sequence"),
@@ -159,7 +201,7 @@ class TestDecoders:
         ],
     )
     def test_the_report_weighs_the_cache_against_the_hosts(self, mixer, told):
-        """8 query heads of 4, 2 key heads: usage .25 of all heads is as much as the host keeps."""
+        """8 query heads of 4, 2 key heads."""
         sizes = SIZES | dict(num_attention_heads=8, num_key_value_heads=2)
         report = swap_mixers(LlamaForCausalLM(LlamaConfig(**sizes)), mixer)
         assert re.search(told, str(report))
