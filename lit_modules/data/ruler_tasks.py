@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from mixers.registry import SpecError, check_positive, unknown
+from mixers.registry import SpecError, check_positive, check_range, unknown
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 _ADJECTIVES = """able acid aged agile airy alert amber ample arid azure bald basic bitter black blank bleak blond blue
@@ -53,17 +53,27 @@ class Needle:
     """A number to be found among sentences.
 
     Attributes:
-        among_needles: the other sentences are about the numbers of other words, not the filler.
+        others: sentences that say the numbers of other words, scattered over the filler. None: all sentences do, and
+            there is no filler.
     """
 
-    among_needles: bool = False
+    others: int | None = 0
     smallest: ClassVar[int] = 1
 
+    def __post_init__(self) -> None:
+        check_range(0, others=self.others or 0)
+
     def ask(self, rng: random.Random, size: int) -> Question:
-        """Draws a question with `size` sentences besides the needle; the draws do not depend on the size."""
-        key, value, depth = _key(rng), _digits(rng, 7), rng.random()
-        sentences = [self._other(rng, key) if self.among_needles else FILLER for _ in range(size)]
-        sentences.insert(int(depth * size), _needle(key, value))
+        """Draws a question with `size` sentences besides these; the draws do not depend on the size."""
+        key = _key(rng)
+        needles = [_needle(key, value := _digits(rng, 7))]
+        depths = [rng.random()]
+        for _ in range(self.others or 0):
+            needles.append(self._other(rng, key))
+            depths.append(rng.random())
+        sentences = [self._other(rng, key) if self.others is None else FILLER for _ in range(size)]
+        for needle, depth in zip(needles, depths, strict=True):
+            sentences.insert(int(depth * (len(sentences) + 1)), needle)
         context = "\n".join(sentences)
         return Question(
             "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you "
@@ -135,7 +145,7 @@ class VariableTracking:
 Task = Needle | VariableTracking
 TASKS: dict[str, Task] = {
     "niah_single_1": Needle(),
-    "niah_multikey_2": Needle(among_needles=True),
+    "niah_multikey_2": Needle(others=None),
     "variable_tracking": VariableTracking(),
 }
 

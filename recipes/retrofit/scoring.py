@@ -33,7 +33,7 @@ class TextScore:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nll)
+        return math.exp(self.nll) if self.nll < 700 else math.inf
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,8 @@ def testbed(out: Path | str) -> Testbed:
         The paths.
 
     Raises:
-        SpecError: a package that has to be installed first, or that could not be fetched.
+        SpecError: a package that has to be installed first, or that could not be fetched; a part that is there already
+            and lacks something.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -76,10 +77,13 @@ def testbed(out: Path | str) -> Testbed:
         _once(out / name, make)
         record = out / name / RECORD
         sources[name] = json.loads(record.read_text()) if record.exists() else {"source": "not made by this command"}
+    folders = [out / part / split for part in ("prose", "code") for split in ("fit", "test")]
+    for needed in (out / "smollm2" / "config.json", *folders):
+        if not needed.exists() or needed.is_dir() and not any(needed.iterdir()):
+            raise SpecError(f"'{needed}' is missing or empty: add to '{needed.parent}', or delete that to have it made")
     unfinished = out / f".testbed-{os.getpid()}.json"
     unfinished.write_text(json.dumps(sources, indent=2) + "\n")
     unfinished.replace(out / "testbed.json")
-    folders = (out / part / split for part in ("prose", "code") for split in ("fit", "test"))
     return Testbed(out / "smollm2", *folders)
 
 
@@ -186,6 +190,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     print((out / "testbed.json").read_text(), end="")
     return 0
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from lit_modules.data.ruler_tasks import TASKS, VariableTracking, ruler_sample, ruler_samples, string_recall
+from lit_modules.data.ruler_tasks import TASKS, Needle, VariableTracking, ruler_sample, ruler_samples, string_recall
 from mixers.hf import byte_tokenizer
 from mixers.registry import SpecError
 
@@ -55,7 +55,12 @@ def test_the_variables_are_those_that_hold_the_number():
         assert len(sample.answers) == 5 and text.endswith("5 variables are assgined the value " + value + ", they are:")
 
 
-def test_variants_of_variable_tracking():
+def test_variants():
+    sample = ruler_sample(Needle(others=3), bytes_of, length=2000)
+    told = dict(NEEDLE.findall(sample.prompt))
+    assert len(told) == 4 and sample.answers[0] in told.values() and sample.prompt.count("The grass") > 10
+    with pytest.raises(SpecError, match="others"):
+        Needle(others=-1)
     sample = ruler_sample(VariableTracking(hops=1, example=False), bytes_of, length=1000)
     assert len(sample.answers) == 2 and sample.prompt.count("Memorize") == 1 and sample.prompt.count("VAR ") == 3
     with pytest.raises(SpecError, match="hops"):

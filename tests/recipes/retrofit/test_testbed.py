@@ -47,6 +47,7 @@ for page in range(20): (folder / f"page{{page}}.html").write_text({PROSE!r}.form
     monkeypatch.setattr(testbed, "find_spec", lambda package: True)
 
     def convert(gguf: Path, folder: Path) -> dict[str, str]:
+        (folder / "config.json").write_text("{}")
         (folder / "model.safetensors").write_bytes(gguf.read_bytes())
         return {"transformers": "0"}
 
@@ -87,13 +88,16 @@ def test_what_is_broken_off_is_not_taken_for_whole(sources, tmp_path, monkeypatc
         testbed.testbed(out)
     assert files(out) == set()
     monkeypatch.setattr(testbed, "convert", whole)
-    assert files(testbed.testbed(out).model) == {"model.safetensors", "source.json"}
+    assert files(testbed.testbed(out).model) == {"config.json", "model.safetensors", "source.json"}
 
 
-def test_texts_of_ones_own_stay(sources, tmp_path):
-    own = tmp_path / "bed/prose/fit/mine.txt"
-    own.parent.mkdir(parents=True)
-    own.write_text("mine")
+def test_texts_of_ones_own_stay(sources, tmp_path, capsys):
+    prose = tmp_path / "bed/prose"
+    for split in ("fit", "test"):
+        assert split == "fit" or testbed.main(["--out", str(tmp_path / "bed")]) == 2  # fit alone is not enough
+        (prose / split).mkdir(parents=True)
+        (prose / split / "mine.txt").write_text("mine")
+    assert f"error: '{prose / 'test'}' is missing or empty" in capsys.readouterr().err
     assert files(testbed.testbed(tmp_path / "bed").prose_fit) == {"mine.txt"}
     assert json.loads((tmp_path / "bed/testbed.json").read_text())["prose"] == {"source": "not made by this command"}
 
