@@ -53,12 +53,13 @@ def become(model: PreTrainedModel, note: dict[str, Any]) -> None:
     A config that other models share stays as it was.
     """
     made = retrofitted(type(model))
-    shared, config = model.config, copy.deepcopy(model.config)
+    copies: dict[int, Any] = {}  # of the config and of those in it
+    config = copy.deepcopy(model.config, copies)
     config.__class__ = made.config_class
     setattr(config, NOTE, note)
     for module in model.modules():
-        if getattr(module, "config", None) is shared:
-            module.config = config
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):
+            module.config = copies.get(id(module.config), module.config)
     model.__class__ = made
 
 

@@ -242,7 +242,7 @@ class HostedHAM(Mixer):
         inputs = self._router_inputs(h, q, k, v, prediction, g, beta, positions, state, layout)
         scores, remembered = score(self.router, inputs)
         scores = scores.float() + self.head_bias.float()
-        if self.training:
+        if self.training and (state is None or state.kv.fresh):  # what is generated, token by token, is no step
             always = counted(scores, layout, positions, self.window_size(), self.sinks)
             self.threshold.observe(self.layer_index, always)
         tau = of_token = self.threshold.tau(self.training).expand(self.num_heads)

@@ -143,9 +143,13 @@ def register() -> None:
 
 @contextmanager
 def through_the_seam(model: PreTrainedModel) -> Iterator[None]:
-    """Set the model's attention to ours; where that fails, or what is done within fails, it is put back."""
+    """Set the model's attention to ours; where that fails, or what is done within fails, it is put back.
+
+    A config that is not the model's any more afterwards is as it was, too: other models may go by it.
+    """
     register()
     before = {id(m.config): (m.config, m.config._attn_implementation) for m in _models(model)}
+    kept: set[int] = set()
     try:
         if not model._can_set_attn_implementation():
             raise SpecError(
@@ -154,10 +158,11 @@ def through_the_seam(model: PreTrainedModel) -> Iterator[None]:
             )
         model.set_attn_implementation(NAME)
         yield
-    except BaseException:
-        for config, implementation in before.values():
+        kept = {id(m.config) for m in _models(model)}
+    finally:
+        for name in before.keys() - kept:
+            config, implementation = before[name]
             config._attn_implementation_internal = implementation
-        raise
 
 
 @torch.no_grad()

@@ -17,6 +17,8 @@ class Random(Router):
         seed: of the draws.
     """
 
+    predict = "none"
+
     def __init__(self, dim: int, num_heads: int, *, seed: int = 0) -> None:
         super().__init__(dim, num_heads)
         self.seed = seed
@@ -56,7 +58,7 @@ class Recency(Router):
         length: tokens that the KV usage is a share of: window = usage * length.
     """
 
-    tells_tokens_apart = False
+    predict, tells_tokens_apart = "none", False
 
     def __init__(self, dim: int, num_heads: int, *, window: int = 0, length: int = 512) -> None:
         super().__init__(dim, num_heads)
@@ -74,7 +76,7 @@ class Recency(Router):
 class All(Router):
     """Every token, unless the KV usage is 0: both memories at full size."""
 
-    tells_tokens_apart = False
+    predict, tells_tokens_apart = "none", False
 
     def forward(self, inputs: RouterInputs) -> Tensor:
         return torch.full(inputs.g.shape, torch.inf, device=inputs.x.device)
@@ -83,7 +85,7 @@ class All(Router):
 class Nothing(Router):
     """No token: the recurrent memory alone."""
 
-    tells_tokens_apart = False
+    predict, tells_tokens_apart = "none", False
 
     def forward(self, inputs: RouterInputs) -> Tensor:
         return torch.full(inputs.g.shape, -torch.inf, device=inputs.x.device)
