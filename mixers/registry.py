@@ -162,12 +162,7 @@ class Registry:
         name = given.pop("name")
         given |= options
         known = self.options(name)
-        for option in given:
-            if option not in known:
-                raise unknown("option", option, known, of=f" for {self.kind} {name!r}")
-            if not _fits(given[option], known[option].annotation):
-                expected = getattr(known[option].annotation, "__name__", known[option].annotation)
-                raise SpecError(f"{option!r} of {self.kind} {name!r} must be {expected}, got {given[option]!r}")
+        check_options(given, known, of=f"{self.kind} {name!r}")
         cls = self.get(name)
         try:
             inspect.signature(cls).bind(*args, **given)
@@ -218,6 +213,16 @@ class Registry:
             described = _origin(part) if inspect.isclass(part) else repr(part)
             raise SpecError(f"{described} is no {self.kind}: it does not subclass {module}.{attribute}")
         return part
+
+
+def check_options(given: Mapping[str, Any], known: Mapping[str, inspect.Parameter], *, of: str) -> None:
+    """SpecError unless all options are known, and of the type that their annotation names."""
+    for option, value in given.items():
+        if option not in known:
+            raise unknown("option", option, known, of=f" for {of}")
+        if not _fits(value, known[option].annotation):
+            expected = getattr(known[option].annotation, "__name__", known[option].annotation)
+            raise SpecError(f"{option!r} of {of} must be {expected}, got {value!r}")
 
 
 def _fits(value: Any, annotation: Any) -> bool:

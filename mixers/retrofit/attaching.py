@@ -1,15 +1,16 @@
 """`attach`: HAM into a model of transformers, around its own attention; the model computes what it did before."""
 
 import copy
+import inspect
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from mixers.registry import SpecError
+from mixers.registry import SpecError, check_options
 from mixers.retrofit.folder import become
-from mixers.retrofit.hosted import HostSizes
+from mixers.retrofit.hosted import HostedHAM, HostSizes
 from mixers.retrofit.parts import HostedPart, install, parts_of
 from mixers.retrofit.seam import probe, through_the_seam
 
@@ -68,6 +69,9 @@ def attach(model: PreTrainedModel, *, layers: Iterable[int] | None = None, **opt
             are unknown. The model is then as it was.
     """
     _check(model)
+    parameters = inspect.signature(HostedHAM.__init__).parameters.values()
+    known = {one.name: one for one in parameters if one.kind is one.KEYWORD_ONLY}
+    check_options(options, known, of="HAM around a host")
     with through_the_seam(model):
         names = {module: name for name, module in model.named_modules()}
         report, parts = AttachReport(), []
@@ -75,6 +79,10 @@ def attach(model: PreTrainedModel, *, layers: Iterable[int] | None = None, **opt
         wrong = sorted({f"{type(one.module).__name__}: {one.wrong}" for one in found if one.wrong})
         if wrong:
             raise SpecError(f"HAM cannot be put into {type(model).__name__}: {'; '.join(wrong)}")
+        for name in DROPOUTS:
+            if dropout := getattr(model.config, name, 0):
+                what = f"HAM has no dropout of attention weights, {type(model).__name__} has {name}={dropout}"
+                raise SpecError(f"{what}: load it by from_pretrained(..., {name}=0)")
         free = [one for one in found if not one.sliding]
         if not free:
             what = "no module of it reaches transformers' attention interface"
@@ -87,10 +95,7 @@ def attach(model: PreTrainedModel, *, layers: Iterable[int] | None = None, **opt
             kept = kept or ("" if any(one is other for other in chosen) else "not among the layers asked for")
             report.append(Attached(names[one.module], type(one.module).__name__, one.sizes, kept))
             if not kept:
-                try:
-                    parts.append((one.module, HostedPart(one.sizes, **options)))
-                except TypeError as error:
-                    raise SpecError(f"HAM around a host: {error}") from None
+                parts.append((one.module, HostedPart(one.sizes, **options)))
         sizes = {one.name: asdict(one.sizes) for one in report if not one.kept}
         note = {"modules": sizes, "options": copy.deepcopy(options)}
         become(model, note)
@@ -108,16 +113,14 @@ def _check(model: Any) -> None:
         raise SpecError(f"{kind} has HAM already")
     if not model.can_generate():
         raise SpecError(f"HAM cannot be put into {kind}: it is no causal language model")
-    for name in DROPOUTS:
-        if dropout := getattr(model.config, name, 0):
-            what = f"HAM has no dropout of attention weights, {kind} has {name}={dropout}"
-            raise SpecError(f"{what}: load it by from_pretrained(..., {name}=0)")
 
 
 def _chosen(free: list, layers: Iterable[int] | None) -> list:
     if layers is None:
         return free
     layers = list(layers)
+    if not layers:
+        raise SpecError("no layer was asked for: layers is empty")
     for layer in layers:
         if not -len(free) <= layer < len(free):
             raise SpecError(f"layer {layer} is not there: {len(free)} attention modules can be taken")

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.delta_rule import gated_delta_rule
+from kernels.routed_attention import BACKENDS
 from kernels.sequences import Layout
 from mixers.always_seen import are_sinks, check_always_seen, counted, stored_behind
 from mixers.base import Mixer, MixerOutput, Routing
 from mixers.caches.paged import KVCache, attend_new
 from mixers.memory import normalise
-from mixers.registry import ROUTERS, THRESHOLDS, check_range
+from mixers.registry import ROUTERS, THRESHOLDS, check_range, unknown
 from mixers.routers.base import RouterInputs, RouterState
 from mixers.routers.contract import name_of, score
 from mixers.state import MixerState
@@ -166,7 +167,6 @@ class HostedHAM(Mixer):
     """
 
     routes = True
-    takes_keys = True
 
     def __init__(
         self,
@@ -183,6 +183,8 @@ class HostedHAM(Mixer):
         super().__init__()
         check_always_seen(window, sinks)
         check_range(1, window=window)
+        if attention_backend != "auto" and attention_backend not in BACKENDS:
+            raise unknown("attention_backend", attention_backend, ["auto", *BACKENDS], of=" for HAM around a host")
         self.sizes, self.dim = sizes, sum(sizes.widths)
         self.window, self.sinks, self.attention_backend = window, sinks, attention_backend
         heads = sizes.num_kv_heads

@@ -24,6 +24,11 @@ class HostedPart(HostedHAM, DescribesMixers):
         self.call = self.routing = self.watch = None
         self.note: dict[str, Any] = {}
 
+    @property
+    def takes_keys(self) -> bool:
+        """Whether the keys that its layer of a cache is given are its own: no other model may go on with that cache."""
+        return self.call is not None
+
     def describe_usage(self, kv_usage: float) -> None:
         if self.note:
             self.note["options"]["kv_usage"] = kv_usage
