@@ -208,6 +208,11 @@ class HostedHAM(Mixer):
         """Heads that are scored: those of keys."""
         return self.sizes.num_kv_heads
 
+    @property
+    def looks_at_errors(self) -> bool:
+        """Whether the router wants the memory's prediction, so that all tokens are written."""
+        return self.router.predict != "none"
+
     def init_state(self, batch_size: int, device=None, dtype=None) -> HostedState:
         device = self.head_bias.device if device is None else device
         dtype = torch.float32 if dtype is None else dtype
@@ -238,8 +243,7 @@ class HostedHAM(Mixer):
         recurrent = None if state is None else state.recurrent
         read = prediction = None
         g = beta = h.new_zeros(*h.shape[:2], self.num_heads, dtype=torch.float32)
-        errors = self.router.predict != "none"
-        if errors:
+        if self.looks_at_errors:
             read, prediction, recurrent, g, beta = self.memory(h, q, k, v, None, recurrent, layout, self.router.predict)
         inputs = self._router_inputs(h, q, k, v, prediction, g, beta, positions, state, layout)
         scores, remembered = score(self.router, inputs)
@@ -251,7 +255,7 @@ class HostedHAM(Mixer):
         if self.threshold.usages is not None:
             of_token = self.threshold.tau_per_sequence(layout)
         stored = (scores > of_token) | are_sinks(positions, self.sinks)
-        if self.adds_memory and not errors:
+        if self.adds_memory and not self.looks_at_errors:
             read, _, recurrent, g, beta = self.memory(h, q, k, v, stored, recurrent, layout, "none")
 
         window = self.window_size()
@@ -282,10 +286,10 @@ class HostedHAM(Mixer):
         mean = q.unflatten(2, (self.num_heads, -1)).mean(3) * self.sizes.scale
         parts = (None if x is None else x.detach() for x in (h, mean, k, v, prediction, g, beta))
         options = dict(layer=self.layer_index, layout=layout, statistics=statistics, state=remembered)
-        return RouterInputs(*parts, positions, output_weight=self._output_weight(), **options)
+        return RouterInputs(*parts, positions, output_weight=self._flat_output_weight(), **options)
 
-    def _output_weight(self) -> Tensor | None:
-        """(groups D, H, V) of the host's output projection, None where that is not known."""
+    def output_weight(self) -> Tensor | None:
+        """(groups, D, H, V) of the host's output projection, None where that is not known."""
         width = self.sizes.num_heads * self.sizes.value_dim
         found = [getattr(module, name, None) for module in self.host for name in OUTPUTS]
         weights = [x.weight.T if type(x).__name__ == "Conv1D" else x.weight for x in found if hasattr(x, "weight")]
@@ -293,7 +297,28 @@ class HostedHAM(Mixer):
         if weight is None:
             return None
         heads = weight.detach().unflatten(1, (self.num_heads, self.sizes.groups, -1))  # (D, H, groups, V)
-        return heads.permute(2, 0, 1, 3).flatten(0, 1)
+        return heads.permute(2, 0, 1, 3)
+
+    def _flat_output_weight(self) -> Tensor | None:
+        """(groups D, H, V), for routers: a change of a key head's values changes the output by each of its queries."""
+        weight = self.output_weight()
+        return None if weight is None else weight.flatten(0, 1)
+
+    def scores(self, h: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+        """Scores (B, T, H) float32 of whole sequences, from the parts of the input."""
+        prediction, g = None, h.new_zeros(*h.shape[:2], self.num_heads, dtype=torch.float32)
+        beta = g
+        if self.looks_at_errors:
+            _, prediction, _, g, beta = self.memory(h, q, k, v, None, None, layout, self.router.predict)
+        inputs = self._router_inputs(h, q, k, v, prediction, g, beta, layout.positions, None, layout)
+        return score(self.router, inputs)[0].float() + self.head_bias.float()
+
+    def remember(self, h: Tensor, q: Tensor, k: Tensor, v: Tensor, stored: Tensor, layout: Layout) -> Tensor:
+        """What the memory adds (B, T, heads, V) to the read-out of whole sequences, given what is stored (B, T, H)."""
+        kept = None if self.looks_at_errors else stored
+        read, *_ = self.memory(h, q, k, v, kept, None, layout, "none")
+        missing = 1 - _running(stored, layout) / (layout.positions + 1)[..., None]
+        return self.memory.added(h, read, missing)
 
 
 def _running(stored: Tensor, layout: Layout) -> Tensor:
