@@ -29,6 +29,10 @@ COMMANDS = {
     "doctor": ("recipes.bench.doctor:doctor", "is this machine ready; are the kernels right on it"),
     "generate": ("recipes.checkpoint.generate:generate", "text from a checkpoint at any KV usage"),
     "calibrate": ("recipes.checkpoint.calibrate:calibrate", "refit a checkpoint's KV thresholds to text of your own"),
+    "retrofit": (
+        "recipes.retrofit.command:retrofit",
+        "put HAM around the attention of a pretrained model:  retrofit --model FOLDER --text FILES --out FOLDER",
+    ),
     "export": ("recipes.checkpoint.export:export", "write a checkpoint as a Hugging Face model"),
     "lm_eval": (
         "recipes.checkpoint.harness:lm_eval_command",
@@ -39,7 +43,7 @@ COMMANDS = {
     "ls": ("recipes.listing:ls", "the mixers, routers, thresholds, data and recipes there are"),
     "show": ("recipes.listing:show", "what one of them is, and its options"),
 }
-FUNCTIONS = ("compare", "bench", "cost", "doctor", "generate", "calibrate", "export", "sweep", "figures")
+FUNCTIONS = ("compare", "bench", "cost", "doctor", "generate", "calibrate", "retrofit", "export", "sweep", "figures")
 
 
 def usage() -> str:

@@ -105,8 +105,9 @@ def attention(
             "a cache of another model"
         )
     if part.watch is not None:
-        part.watch(call.hidden, q, k, v)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **told)
+        out, weights = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **told)
+        part.watch(call.hidden, q, k, v, out)
+        return out, weights
     x = torch.cat([call.hidden.to(q.dtype), q.flatten(2), k.flatten(2), v.flatten(2)], -1)
     real, begins = read_mask(attention_mask, x, causal=True)
     begins = beginnings(x, real, begins, **{name: told.pop(name, None) for name in PACKING})

@@ -1,0 +1,182 @@
+"""What a retrofit does, one phase after the other, each of which goes on where it was stopped.
+
+sensitivity   backward passes over a few sequences      what a layer's output means to the loss
+forecast      a forward pass over each sequence         a token's worth, by ridge regression
+thresholds    forward passes over a few                 calibrated for the phase to come
+memory        a forward pass over each, `EPOCHS` times  every layer's memory takes a step at each
+distill       optional: the parts end to end
+thresholds    calibrated anew
+"""
+
+import resource
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lit_modules.data.files import find_files
+from mixers import calibrate, set_kv_usage
+from mixers.registry import SpecError
+from mixers.retrofit import attach, parts_of
+from mixers.retrofit.forecast import Forecast
+from mixers.retrofit.memory_fit import MemoryFit
+from mixers.retrofit.sensitivity import Sensitivity
+from recipes.messages import one_line
+from recipes.results import stamp, write_json, written_whole
+from recipes.retrofit.scoring import windows
+
+EPOCHS = 2
+SENSITIVITY = 8  # sequences
+CALIBRATION = 4
+SAVE_EVERY = 120  # seconds
+COSTS = {"sensitivity": 6.0, "forecast": 2.5, "thresholds": 2.0, "memory": 3.5}  # in forward passes of the host
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was asked for; see `recipes.retrofit.command`."""
+
+    model: str
+    text: list[str]
+    seq_len: int
+    sequences: int
+    kv_usage: float
+    window: int
+    sinks: int
+    memory: bool
+    hidden: int
+    distill: int
+    seed: int
+
+
+class Progress:
+    """What is done so far, in a folder beside the result.
+
+    Args:
+        folder: of the work in progress.
+        plan: to which it belongs.
+
+    Raises:
+        SpecError: the folder is of another plan.
+    """
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.file, self.state = folder / "progress.pt", {"plan": asdict(plan), "done": {}}
+        self.saved = time.monotonic()
+        if self.file.exists():
+            state = torch.load(self.file, weights_only=True)
+            other = {k: v for k, v in state["plan"].items() if v != asdict(plan)[k]}
+            if other:
+                was = ", ".join(f"{name}={value}" for name, value in other.items())
+                raise SpecError(f"{folder} is of another retrofit ({was}): remove it, or name another folder to write")
+            self.state = state
+
+    def __getitem__(self, key: str) -> Any:
+        return self.state.get(key)
+
+    def save(self, force: bool = False, **state: Any) -> None:
+        """Keep this too; on disk every two minutes, or at once."""
+        self.state |= state
+        if force or time.monotonic() - self.saved > SAVE_EVERY:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with written_whole(self.file) as part:
+                torch.save(self.state, part)
+            self.saved = time.monotonic()
+
+
+def carry_out(plan: Plan, out: Path) -> None:
+    """Do what is planned and write `out`, whole or not at all."""
+    progress = Progress(out.with_name(f"{out.name}.progress"), plan)
+    model, tokenizer = open_host(plan.model)
+    router = {"name": "demand", "error": False, "hidden": plan.hidden}
+    report = attach(model, router=router, window=plan.window, sinks=plan.sinks, memory=plan.memory)
+    print(report)
+    ids = read_text(plan, tokenizer)
+    generator = torch.Generator().manual_seed(plan.seed)
+    ids = ids[torch.randperm(len(ids), generator=generator)].to(model.device)
+    _estimate(model, ids, plan)
+    started = time.monotonic()
+    sensitivity = Sensitivity(model)
+    _work("sensitivity", sensitivity, ids[:SENSITIVITY], progress)
+    forecast = Forecast(model, sensitivity.metric)
+    _work("forecast", forecast, ids, progress)
+    explained = forecast.solve()
+    set_kv_usage(model, 0.25 if plan.kv_usage in (0, 1) else plan.kv_usage)
+    _calibrate(model, ids)
+    errors: dict[str, float] = {}
+    if plan.memory:
+        memory = MemoryFit(model, sensitivity.metric, steps=EPOCHS * len(ids), seed=plan.seed)
+        _work("memory", memory, ids.repeat(EPOCHS, 1), progress)
+        errors = {name: float(error) for name, error in memory.errors.items()}
+        _calibrate(model, ids)
+    set_kv_usage(model, plan.kv_usage)
+    with written_whole(out) as part:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        facts = {"explained": explained, "error_left": errors, "minutes": (time.monotonic() - started) / 60}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        write_json(part / "retrofit.json", {"plan": asdict(plan), "peak_gib": peak, **facts, "stamp": stamp()})
+    progress.file.unlink(missing_ok=True)
+    progress.file.parent.rmdir()
+    print(f"written to {out}: {facts['minutes']:.0f} minutes, {peak:.1f} GiB at most")
+
+
+def open_host(name: str) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer, from a folder or by a name that is in transformers' cache.
+
+    Raises:
+        SpecError: it is neither.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise SpecError(f"{name} is no causal language model that can be opened: {one_line(str(error))}") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def read_text(plan: Plan, tokenizer: Any) -> Tensor:
+    """Sequences (N, T) of token ids, taken evenly from all files."""
+    texts = [path.read_text(errors="replace") for path in find_files(plan.text)]
+    return windows(texts, tokenizer, length=plan.seq_len, count=plan.sequences)
+
+
+def _work(name: str, fit: Any, rows: Tensor, progress: Progress) -> None:
+    """Show the rows that it has not seen to a part of the fit, with a bar, keeping what is known so far."""
+    if progress[name] is not None:
+        fit.load_state_dict(progress[name])
+    if fit.count == len(rows):
+        return
+    for row in tqdm(rows[fit.count :], desc=name, initial=fit.count, total=len(rows)):
+        fit.read(row[None])
+        progress.save(**{name: fit.state_dict()})
+    progress.save(force=True, **{name: fit.state_dict()})
+
+
+def _calibrate(model: Any, ids: Tensor) -> None:
+    rows = tqdm(ids[:CALIBRATION], desc="thresholds")
+    calibrate(model, rows, run=lambda row: model(input_ids=row[None], use_cache=False, logits_to_keep=1))
+
+
+def _estimate(model: Any, ids: Tensor, plan: Plan) -> None:
+    """Say how long it will take and how much memory, from one forward pass."""
+    start = time.monotonic()
+    with torch.no_grad():
+        model(input_ids=ids[:1], use_cache=False, logits_to_keep=1)
+    one = time.monotonic() - start
+    passes = {"sensitivity": SENSITIVITY, "forecast": len(ids), "thresholds": 2 * CALIBRATION + 2}
+    passes |= {"memory": EPOCHS * len(ids)} if plan.memory else {}
+    minutes = sum(COSTS[name] * count for name, count in passes.items()) * one / 60
+    width = model.config.get_text_config().hidden_size
+    moments = len(parts_of(model)) * width * width * 12
+    logits = 3 * plan.seq_len * model.config.get_text_config().vocab_size * 4
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    activations = 40 * len(parts_of(model)) * plan.seq_len * width * 4
+    peak = (held + moments + logits + activations) / 2**30
+    print(f"{len(ids)} sequences of {plan.seq_len} tokens: about {minutes:.0f} minutes and {peak:.1f} GiB")
