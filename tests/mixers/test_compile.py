@@ -7,11 +7,20 @@ from torch.testing import assert_close
 from mixers import build_mixer
 
 
-@pytest.mark.parametrize(("router", "training"), [("residual", False), ("cosine", True), ("learned", True)])
-def test_a_block_in_one_graph_does_as_it_does_without(router, training):
+@pytest.mark.parametrize(
+    ("router", "training", "more"),
+    [
+        ("residual", False, {}),
+        ("cosine", True, {}),
+        ("learned", True, {}),
+        ("residual", True, {"window": 3, "sinks": 2, "num_kv_heads": 1, "bias": True}),
+    ],
+)
+def test_a_block_in_one_graph_does_as_it_does_without(router, training, more):
     torch._dynamo.reset()
     torch.manual_seed(0)
     options = dict(dim=16, num_heads=2, head_dim=8, router=router, backend="triton", attention_backend="triton")
+    options |= more
     mixer = build_mixer("ham", **options).double()
     x = torch.randn(2, 20, 16, dtype=torch.float64, requires_grad=True)
     mixer(x)
