@@ -3,6 +3,7 @@
 o = sum_j softmax_j(scale q.k_j) v_j        over the tokens j that the row holds; 0 if it holds none
 """
 
+import torch
 from torch import Tensor
 
 from kernels.dispatch import choose
@@ -16,17 +17,25 @@ BACKENDS = {
 }
 
 
-def attend(q: Tensor, cache: PagedCache, *, scale: float = 1.0, backend: str = "auto") -> Tensor:
+def attend(
+    q: Tensor,
+    cache: PagedCache,
+    *,
+    scale: float = 1.0,
+    beside: tuple[Tensor, Tensor, Tensor] | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Attention of the queries of every row to what the row holds.
 
     Args:
         q: (R, G, K), G queries a row.
         cache: of R rows.
         scale: factor of q.k.
+        beside: keys (R, W, K) and values (R, W, V) of tokens that lie in no page, and which of them are seen (R, W).
         backend: `naive`, `torch`, `triton` or `auto`.
 
     Returns:
-        (R, G, V) in the dtype of q; exact zeros for a row that holds nothing.
+        (R, G, V) in the dtype of q; exact zeros for a row that sees nothing.
 
     Raises:
         ValueError: shapes that do not fit; a backend that does not exist or is not available.
@@ -35,4 +44,10 @@ def attend(q: Tensor, cache: PagedCache, *, scale: float = 1.0, backend: str = "
         rows, K = len(cache.length), cache.k.shape[2]
         raise ValueError(f"q must be ({rows}, G, {K}) (rows of the cache, queries, K), got {tuple(q.shape)}")
     _, run = choose("paged_attention", backend, BACKENDS, q.device)
-    return run(q, cache, scale=scale)
+    o, weight = run(q, cache, scale=scale)
+    if beside is not None:
+        keys, values, seen = beside
+        logits = (q @ keys.to(q.dtype).mT * scale).to(weight.dtype).masked_fill(~seen[:, None], -torch.inf)
+        share = torch.cat([weight[..., None], logits], -1).softmax(-1).nan_to_num()  # NaN: nothing is seen
+        o = o * share[..., :1].to(q.dtype) + share[..., 1:].to(q.dtype) @ values.to(q.dtype)
+    return o

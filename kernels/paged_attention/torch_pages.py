@@ -6,17 +6,18 @@ from torch import Tensor
 from kernels.paged_attention.cache import PagedCache
 
 
-def attend(q: Tensor, cache: PagedCache, *, scale: float) -> Tensor:
-    """As `kernels.paged_attention.attend`.
+def attend(q: Tensor, cache: PagedCache, *, scale: float) -> tuple[Tensor, Tensor]:
+    """As `kernels.paged_attention.naive.attend`.
 
     Each page is read once, where it lies, by its row's queries: keys and values are not copied, and the cost is that of
     the pages in use. A row's softmax is put together from those of its pages.
     """
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32  # a logarithm in bfloat16 says little
     size, slots = cache.k.shape[1], cache.table.shape[1]
     out = q.new_zeros(*q.shape[:2], cache.v.shape[-1])
     row, slot = (torch.arange(slots, device=q.device) * size < cache.length[:, None]).nonzero(as_tuple=True)
     if not len(row):
-        return out
+        return out, q.new_full(q.shape[:2], -torch.inf, dtype=exact)
     page = cache.table[row, slot].long()
     if len(page) == int(cache.used) - 1:  # all that are used: in the order of the pool, which is read as it is
         order = page.argsort()
@@ -32,4 +33,5 @@ def attend(q: Tensor, cache: PagedCache, *, scale: float) -> Tensor:
     weights = (logits - top[row, :, None]).exp()
     total = q.new_zeros(q.shape[:2]).index_add(0, row, weights.sum(-1))
     out = out.index_add(0, row, weights @ v.to(q.dtype))
-    return out / total.clamp(min=torch.finfo(q.dtype).tiny)[..., None]
+    weight = (top.to(exact) + total.to(exact).log()).masked_fill(total == 0, -torch.inf)
+    return out / total.clamp(min=torch.finfo(q.dtype).tiny)[..., None], weight

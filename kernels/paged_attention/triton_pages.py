@@ -55,8 +55,8 @@ def _sizes(k: Tensor, v: Tensor, dtype: torch.dtype) -> dict:
     return size | dict(ACC=tl.float64 if dtype == torch.float64 else tl.float32)
 
 
-def attend(q: Tensor, cache: PagedCache, *, scale: float) -> Tensor:
-    """As `kernels.paged_attention.attend`; up to SPLITS programs share a row; what they read is put together."""
+def attend(q: Tensor, cache: PagedCache, *, scale: float) -> tuple[Tensor, Tensor]:
+    """As `kernels.paged_attention.naive.attend`; up to SPLITS programs share a row; what they read is put together."""
     R, G, _ = q.shape
     V = cache.v.shape[-1]
     splits = max(1, min(SPLITS, cache.table.shape[1]))
@@ -73,4 +73,4 @@ def attend(q: Tensor, cache: PagedCache, *, scale: float) -> Tensor:
     fade = (top - largest.masked_fill(largest == -torch.inf, 0.0)).exp()  # 0 for a share that holds nothing
     weight = (total * fade).sum(1, keepdim=True)
     mixed = (out * fade[..., None]).sum(1) / weight.masked_fill(weight == 0, 1.0)
-    return mixed.view(R, G, V).to(q.dtype)
+    return mixed.view(R, G, V).to(q.dtype), (largest + weight.log()).view(R, G)

@@ -152,12 +152,22 @@ class KVCache:
         """(N, T, H_q, V), of tokens (N, T, ...)."""
         N, T, H = k.shape[:3]
         q = q.unflatten(2, (H, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # (N H, groups, T, K)
-        if T == 1 and not window and self.recent is None and not (torch.is_grad_enabled() and q.requires_grad):
-            o = paged_attention.attend(q[:, :, 0], after.pages, scale=scale)[:, :, None]
+        if T == 1 and not (torch.is_grad_enabled() and q.requires_grad):
+            beside = self._beside(k, v, stored, window) if window else None
+            o = paged_attention.attend(q[:, :, 0], after.pages, scale=scale, beside=beside)[:, :, None]
         else:
             rows = (x.transpose(1, 2).flatten(0, 1) for x in (k, v, stored))  # (N H, T, ...)
             o = self._attend_rows(q, *rows, layout.real.repeat_interleave(H, 0), scale, window)
         return o.unflatten(0, (N, H)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+    def _beside(self, k, v, stored, window: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What a window shows one new token beside the pages: keys, values and which are seen, (N H, W, ...)."""
+        parts = [k, v, ~stored]
+        if self.recent is not None:
+            near = min(window - 1, self.recent.k.shape[1])
+            held = [x[:, x.shape[1] - near :] for x in vars(self.recent).values()]
+            parts = [torch.cat([old.to(new.dtype), new], 1) for old, new in zip(held, parts, strict=True)]
+        return tuple(x.transpose(1, 2).flatten(0, 1) for x in parts)
 
     def _attend_rows(self, q, k, v, stored, real, scale: float, window: int) -> Tensor:
         """q (R, groups, T, K) over pages, recent tokens and new ones (R, T, .).

@@ -40,6 +40,20 @@ def test_rows_that_differ_wildly(backend, seed, lengths, K, V, G, no_stale_memor
     assert_close(attend(q, cache, scale=0.7, backend="naive"), o, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["naive", *FAST])
+def test_tokens_beside_the_pages(backend):
+    """Of rows that hold much, one token or nothing; none, some or all of what is beside them is seen."""
+    draw = torch.Generator().manual_seed(0)
+    lengths, W = [0, 0, 1, 2 * PAGE + 1, 2 * PAGE + 1], 4
+    cache, k, v = held(torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None])
+    q, keys, values = (torch.randn(5, n, d, generator=draw, dtype=torch.float64) for n, d in ((3, 6), (W, 6), (W, 5)))
+    seen = torch.tensor([[0, 0, 0, 0], [1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()
+    o = attend(5 * q, cache, scale=0.7, beside=(keys, values, seen), backend=backend)
+    for row, count in enumerate(lengths):
+        all_k, all_v = (torch.cat([a[row, :count], b[row, seen[row]]]) for a, b in ((k, keys), (v, values)))
+        assert_close(o[row], (3.5 * q[row] @ all_k.T).softmax(-1) @ all_v, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("backend", FAST)
 def test_token_by_token_is_the_sequence_read_at_once(backend):
     """Across the end of a page, with one head that stores everything, one that stores some, one that stores nothing."""
