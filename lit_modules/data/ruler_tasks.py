@@ -41,7 +41,7 @@ ADJECTIVES, NOUNS = _ADJECTIVES.split(), _NOUNS.split()
 
 
 class Question(NamedTuple):
-    """What a user asks, how the answer begins, and what follows that, a word each."""
+    """What a user asks, how the answer begins, and what follows that, each after a space."""
 
     text: str
     prefix: str
@@ -97,10 +97,12 @@ class VariableTracking:
     Attributes:
         hops: variables besides the first.
         example: begin with a shorter question that is answered, of names of three letters.
+        declared: in answers, too, VAR stands before each name, as a small model writes them whatever it is shown.
     """
 
     hops: int = 4
     example: bool = True
+    declared: bool = False
 
     def __post_init__(self) -> None:
         check_positive(hops=self.hops)
@@ -138,7 +140,7 @@ class VariableTracking:
             f"{context}\nQuestion: Find all variables that are assigned the value {value} in the text above.",
             " Answer: According to the chain(s) of variable assignment in the text above, "
             f"{count} variables are assgined the value {value}, they are:",  # RULER's spelling
-            names,
+            [f"VAR {name}" if self.declared else name for name in names],
         )
 
 
@@ -156,7 +158,7 @@ class RulerSample:
 
     Attributes:
         prompt: all that the model reads before it answers, the answer's first words included ("... text is").
-        answers: the words to be found: a number, or names in the order of their assignment.
+        answers: what is to be found: a number, or names in the order of their assignment.
         prompt_ids: tokens of the prompt.
         answer_ids: tokens that continue them, so that both together are the tokens of the whole text.
         answer_sizes: how many of those belong to each of the answers.

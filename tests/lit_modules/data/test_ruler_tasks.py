@@ -63,6 +63,9 @@ def test_variants():
         Needle(others=-1)
     sample = ruler_sample(VariableTracking(hops=1, example=False), bytes_of, length=1000)
     assert len(sample.answers) == 2 and sample.prompt.count("Memorize") == 1 and sample.prompt.count("VAR ") == 3
+    declared = ruler_sample(VariableTracking(hops=1, declared=True), bytes_of, length=1500)
+    assert declared.answers == tuple(f"VAR {name}" for name in sample.answers)
+    assert re.search(r"they are: VAR [A-Z]{3} VAR [A-Z]{3}\n\nMemorize", declared.prompt)
     with pytest.raises(SpecError, match="hops"):
         VariableTracking(hops=0)
 
