@@ -25,8 +25,8 @@ class Routing:
         lengths: (N,) int64, tokens of every sequence.
         window: the last so many tokens are kept, stored or not.
         limit: of the stored tokens of a head that the window has left behind at most so many are kept; 0 keeps all.
-        behind: (N, H) int64, how many such there are of each sequence; needed with a window or a limit, see
-            `mixers.always_seen.stored_behind`.
+        behind: (N, H) int64, how many such there are of each sequence, from `mixers.always_seen.stored_behind`; needed
+            with a limit. None takes all that are stored for such, which is right without a window.
     """
 
     scores: Tensor
@@ -41,9 +41,8 @@ class Routing:
     @property
     def kept(self) -> Tensor:
         """Tokens (H,) float that the cache holds when every sequence has been read."""
-        if self.behind is None:
-            return self.stored.float().sum((0, 1))
-        behind = self.behind.clamp(max=self.limit) if self.limit else self.behind
+        behind = self.stored.sum(1) if self.behind is None else self.behind
+        behind = behind.clamp(max=self.limit) if self.limit else behind
         return (behind.sum(0) + self.lengths.clamp(max=self.window).sum()).float()
 
     @property
