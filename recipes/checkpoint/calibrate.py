@@ -2,6 +2,7 @@
 
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from mixers.registry import SpecError
 
@@ -15,17 +16,18 @@ def calibrate(
     out: str = "",
     root: str = "runs",
 ) -> None:
-    """Refits the KV thresholds of a byte-level language model to text; weights stay as they are.
+    """Refits the KV thresholds of a language model to text; weights stay as they are.
 
-    Prints the usage before and after, and writes the checkpoint anew.
+    Prints the usage before and after, and writes the checkpoint, or the folder of a Hugging Face model, anew.
 
     Args:
-        ckpt_path: the checkpoint; "last" is that of the newest run.
-        text: files or folders; default: the training text of the checkpoint's own recipe.
+        ckpt_path: the checkpoint of a byte-level language model, "last" is that of the newest run; or the folder of a
+            Hugging Face model, such as `recipes retrofit` writes.
+        text: files or folders; default: the training text of the checkpoint's own recipe. A folder needs it.
         kv_usage: usage to hold, 0..1; default: as trained.
-        batches: of 8192 bytes, at most.
+        batches: of 8192 bytes, at most; of a folder, of four windows of 2048 tokens or as many as the model reads.
         allocate: also fit, on four of them, which heads a small budget goes to; takes some minutes for a large model.
-        out: file to write; default: beside the checkpoint, `<name>-calibrated.ckpt`.
+        out: file or folder to write; default: beside the checkpoint, `<name>-calibrated.ckpt`, or `<name>-calibrated`.
         root: folder of runs, for "last".
 
     Raises:
@@ -38,11 +40,14 @@ def calibrate(
     from lit_modules.callbacks import ALLOCATION_BATCHES
     from lit_modules.data.text import TextData
     from mixers.threshold import thresholds_of
+    from recipes.checkpoint.model_folder import is_model_folder
     from recipes.checkpoint.opening import open_checkpoint
     from recipes.results import written_whole
 
     if batches < 1:
         raise SpecError(f"batches must be at least 1, got {batches}")
+    if is_model_folder(ckpt_path):
+        return _calibrate_folder(ckpt_path, text, kv_usage, batches, allocate, out)
     saved = open_checkpoint(ckpt_path, root=root)
     path = saved.path
     model = saved.language_model(of_bytes=True, kv_usage=kv_usage).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,6 +76,56 @@ def calibrate(
         torch.save(checkpoint, part)
     after = _usage(model, some)
     print(f"{path}: KV usage on {len(some)} batches: {before:.3f}, now {after:.3f} for {asked:g}; written to {target}")
+
+
+def _calibrate_folder(
+    path: str, text: list[str] | None, kv_usage: float | None, batches: int, allocate: bool, out: str
+) -> None:
+    """As `calibrate`, of the folder of a Hugging Face model."""
+    import torch
+
+    import mixers
+    from lit_modules.callbacks import ALLOCATION_BATCHES
+    from mixers.threshold import thresholds_of
+    from recipes.checkpoint.model_folder import LENGTH, open_folder
+    from recipes.results import written_whole
+
+    if not text:
+        raise SpecError(f"{path} does not say what it was trained on: give --text")
+    target = Path(out) if out else Path(path).resolve().with_name(f"{Path(path).resolve().name}-calibrated")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise SpecError(f"--out {target} exists and is not an empty folder")
+    opened = open_folder(path, kv_usage=kv_usage).routed()
+    model = opened.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    some = opened.windows(text, LENGTH, count=4 * batches).to(model.device).split(4)
+
+    def read(ids: torch.Tensor) -> Any:
+        return model(input_ids=ids, use_cache=False, logits_to_keep=1)
+
+    before = _usage_of_folder(model, some, read)
+    if allocate:
+        first, best = mixers.allocate(
+            model, some[:ALLOCATION_BATCHES], lambda ids: model(input_ids=ids, labels=ids).loss, progress=True
+        )
+        print(f"mean loss at KV usages 1/16, 1/8 and 1/4: {first:.4f}, allocated {best:.4f}")
+    mixers.calibrate(model, some, run=read)
+    after = _usage_of_folder(model, some, read)
+    with written_whole(target) as part:
+        model.cpu().save_pretrained(part)
+        opened.tokenizer.save_pretrained(part)
+    asked = next(thresholds_of(model)).kv_usage
+    print(f"{path}: KV usage on {len(some)} batches: {before:.3f}, now {after:.3f} for {asked:g}; written to {target}/")
+
+
+def _usage_of_folder(model, batches, read) -> float:
+    import torch
+
+    from recipes.checkpoint.model_folder import usage_of
+
+    with torch.no_grad(), usage_of(model) as kept:
+        for batch in batches:
+            read(batch)
+    return kept()
 
 
 def _usage(model, batches) -> float:

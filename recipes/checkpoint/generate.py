@@ -2,8 +2,10 @@
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from mixers.registry import SpecError, check_positive, check_range
 
@@ -25,14 +27,15 @@ def generate(
 
     Args:
         prompt: text to go on from.
-        ckpt_path: checkpoint of a byte-level language model; "last" is that of the newest run.
+        ckpt_path: checkpoint of a byte-level language model, "last" is that of the newest run; or the folder of a
+            Hugging Face model, such as `recipes retrofit` writes.
         prompt_file: file to go on from, in place of a prompt.
         kv_usage: stored tokens / tokens, 0..1; default: as trained.
-        max_new_tokens: bytes to write.
-        temperature: of the draws; 0 takes the likeliest byte each time.
-        top_p: draw among the likeliest bytes that together have this probability.
+        max_new_tokens: tokens to write, which are bytes where the model reads bytes.
+        temperature: of the draws; 0 takes the likeliest token each time.
+        top_p: draw among the likeliest tokens that together have this probability.
         seed: of the draws.
-        prefill: bytes of the prompt that are read at once.
+        prefill: tokens of the prompt that are read at once.
         max_kv_bytes: stop with an error when keys and values take more.
         root: folder of runs, for "last".
     """
@@ -40,6 +43,7 @@ def generate(
     from tqdm import tqdm
 
     from lit_modules.generation import Continuation
+    from recipes.checkpoint.model_folder import AsDecoder, is_model_folder, open_folder
     from recipes.checkpoint.opening import open_checkpoint
 
     if bool(prompt) == bool(prompt_file):
@@ -47,30 +51,102 @@ def generate(
     check_positive(max_new_tokens=max_new_tokens, prefill=prefill)
     check_range(0, 2**63, seed=seed)
     content = _read(prompt_file) if prompt_file else prompt.encode()
-    saved = open_checkpoint(ckpt_path, root=root)
-    model = saved.language_model(of_bytes=True, kv_usage=kv_usage).to("cuda" if torch.cuda.is_available() else "cpu")
-    with tqdm(total=len(content), desc="reading", unit="byte", leave=False, disable=len(content) < prefill) as bar:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if is_model_folder(ckpt_path):
+        opened = open_folder(ckpt_path, kv_usage=kv_usage)
+        decoder, text, path = AsDecoder(opened.model.to(device)), Tokens(opened), opened.path
+    else:
+        saved = open_checkpoint(ckpt_path, root=root)
+        model = saved.language_model(of_bytes=True, kv_usage=kv_usage).to(device)
+        decoder, text, path = model.decoder, Bytes(), saved.path
+    tokens = text.encode(content, max_new_tokens)
+    with tqdm(total=len(tokens), desc="reading", unit=text.unit, leave=False, disable=len(tokens) < prefill) as bar:
         start = time.perf_counter()
         written = Continuation(
-            model.decoder,
-            torch.tensor([list(content)]),
+            decoder,
+            torch.tensor([tokens]),
             **dict(temperature=temperature, top_p=top_p, seed=seed, prefill=prefill, max_kv_bytes=max_kv_bytes),
             progress=lambda done, _: bar.update(done - bar.n),
         )
         read = time.perf_counter() - start
     sys.stdout.write(prompt)
-    start, pending = time.perf_counter(), b""
-    for token in islice(written, max_new_tokens):
-        pending += bytes(token.tolist())
-        text = pending.decode("utf-8", errors="ignore")
-        if text or len(pending) >= 4:  # a character may take up to four bytes
-            sys.stdout.write(text or "\N{REPLACEMENT CHARACTER}")
-            sys.stdout.flush()
-            pending = b""
+    start = time.perf_counter()
+    new: list[int] = []
+    for part in text.decode(_until(written, text.ends, max_new_tokens, new)):
+        sys.stdout.write(part)
+        sys.stdout.flush()
     seconds = time.perf_counter() - start
     print()
-    print(f"{saved.path}:", file=sys.stderr)
-    _report(written, len(content), read, max_new_tokens, seconds)
+    print(f"{path}:", file=sys.stderr)
+    _report(written, f"{len(tokens):,} {text.unit}s", len(tokens) / read, read, len(new), seconds)
+
+
+class Bytes:
+    """Text of a model that reads UTF-8."""
+
+    unit = "byte"
+    ends: frozenset[int] = frozenset()
+
+    def encode(self, content: bytes, more: int) -> list[int]:
+        return list(content)
+
+    def decode(self, tokens: Iterable[int]) -> Iterator[str]:
+        pending = b""
+        for token in tokens:
+            pending += bytes([token])
+            text = pending.decode("utf-8", errors="ignore")
+            if text or len(pending) >= 4:  # a character may take up to four bytes
+                yield text or "\N{REPLACEMENT CHARACTER}"
+                pending = b""
+
+
+class Tokens:
+    """Text of a model with a tokenizer of its own.
+
+    Args:
+        opened: a `recipes.checkpoint.model_folder.ModelFolder`.
+    """
+
+    unit = "token"
+
+    def __init__(self, opened: Any) -> None:
+        self.opened, self.tokenizer = opened, opened.tokenizer
+        self.last: list[int] = []  # of the prompt
+        ends = opened.model.generation_config.eos_token_id
+        self.ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+    def encode(self, content: bytes, more: int) -> list[int]:
+        """Raises SpecError for what is no text, or more than the model reads."""
+        try:
+            tokens = self.tokenizer(content.decode(), verbose=False)["input_ids"]
+        except UnicodeDecodeError as error:
+            raise SpecError(f"the prompt is no UTF-8: {error}") from error
+        longest = self.opened.longest
+        if longest is not None and len(tokens) + more > longest:
+            what = f"{self.opened.path} reads at most {longest:,} tokens: the prompt has {len(tokens):,}"
+            raise SpecError(f"{what}, --max_new_tokens is {more:,}")
+        self.last = tokens[-8:]
+        return tokens
+
+    def decode(self, tokens: Iterable[int]) -> Iterator[str]:
+        ids = self.last.copy()  # a space may belong to the first token, or not, as the one before it says
+        said = self.tokenizer.decode(ids)
+        for token in tokens:
+            ids.append(token)
+            text = self.tokenizer.decode(ids)
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a part of one
+                yield text[len(said) :]
+                said = text
+        yield self.tokenizer.decode(ids)[len(said) :]
+
+
+def _until(written: Iterator, ends: frozenset[int], count: int, seen: list[int]) -> Iterator[int]:
+    """Up to `count` tokens of the only row, up to one that ends the text; `seen` gets them."""
+    for token in islice(written, count):
+        if int(token) in ends:
+            return
+        seen.append(int(token))
+        yield seen[-1]
 
 
 def _read(path: str) -> bytes:
@@ -83,14 +159,13 @@ def _read(path: str) -> bytes:
     return content
 
 
-def _report(written, prompt: int, read: float, new: int, seconds: float) -> None:
+def _report(written, prompt: str, speed: float, read: float, new: int, seconds: float) -> None:
     from mixers.state import full_kv_bytes, kv_stored_bytes
 
     stored, whole = kv_stored_bytes(written.state), full_kv_bytes(written.state)
     of_all = f" ({stored / whole:.1%} of all of them)" if whole else ""
     lines = [
-        f"read {prompt:,} bytes in {read:.2f} s ({prompt / read:,.0f}/s), "
-        f"wrote {new:,} in {seconds:.2f} s ({new / seconds:,.0f}/s)",
+        f"read {prompt} in {read:.2f} s ({speed:,.0f}/s), wrote {new:,} in {seconds:.2f} s ({new / seconds:,.0f}/s)",
         f"holds {stored:,} bytes of keys and values{of_all}, {written.kv_cache_bytes:,} with free places in pages, and "
         f"{written.state_bytes:,} of states",
     ]

@@ -5,7 +5,6 @@ command, which is the harness's own command line, or `import recipes.checkpoint.
 `lm_eval`.
 """
 
-import json
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,11 +21,12 @@ try:
 except ImportError as error:
     raise SpecError(f"lm_eval needs the harness: pip install 'lightning-mixers[eval]' ({error})") from error
 
-from lit_modules.base import SequenceModule
+import mixers.hf  # noqa: F401  # makes our models known
 from recipes.checkpoint.export import write
+from recipes.checkpoint.model_folder import check_folder, is_model_folder
 from recipes.checkpoint.opening import open_checkpoint
 from recipes.checkpoint.saved import Saved
-from recipes.trust import check_options
+from recipes.messages import one_line
 
 NEWLINE = 10
 
@@ -36,7 +36,8 @@ class LightningMixersLM(HFLM):
     """The harness's Hugging Face model, which also takes a checkpoint of ours and a KV usage.
 
     Args:
-        pretrained: a checkpoint ("last" is that of the newest run), or a folder that `recipes export` wrote.
+        pretrained: a checkpoint ("last" is that of the newest run), or the folder of a Hugging Face model, such as
+            `recipes retrofit` and `recipes export` write.
         kv_usage: stored tokens / tokens, 0..1; default: as trained or exported.
         prefix_token_id: stands before a text of which every token is scored. Default for models that read bytes: a
             newline, as they have seen no token that begins a text.
@@ -58,7 +59,10 @@ class LightningMixersLM(HFLM):
         options = {"backend": "causal"} | options
         saved = _opened(pretrained)
         if saved is None:
-            super().__init__(pretrained, prefix_token_id=prefix_token_id, **options)
+            try:
+                super().__init__(pretrained, prefix_token_id=prefix_token_id, **options)
+            except OSError as error:  # transformers' own way of refusing a folder, in many lines
+                raise SpecError(f"{pretrained} cannot be opened: {one_line(str(error))}") from error
         else:
             with TemporaryDirectory() as folder:
                 write(saved, Path(folder))
@@ -71,20 +75,15 @@ class LightningMixersLM(HFLM):
 
 
 def _opened(pretrained: str) -> Saved | None:
-    """The checkpoint, or None where it is an exported model.
+    """The checkpoint, or None where it is the folder of a Hugging Face model.
 
     Raises:
-        SpecError: it is no whole checkpoint, or names code that is not trusted (:mod:`recipes.trust`).
+        SpecError: it is neither a whole checkpoint nor such a folder, or names code that is not trusted
+            (:mod:`recipes.trust`).
     """
-    file = Path(pretrained) / "config.json"
-    if not file.is_file():
+    if not is_model_folder(pretrained):
         return open_checkpoint(pretrained)
-    try:
-        config = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise SpecError(f"{file} is no JSON: {error}") from error
-    if isinstance(config, dict) and "mixer" in config:
-        check_options({"mixer": config["mixer"]}, SequenceModule, file=file)
+    check_folder(Path(pretrained))
     return None
 
 

@@ -14,32 +14,57 @@ def sweep(
     ckpt_paths: list[str] | None = None,
     kv_usages: list[float] | None = None,
     long: int = 0,
+    text: list[str] | None = None,
     out: str = "runs/sweep",
     root: str = "runs",
 ) -> None:
     """Tests checkpoints at several KV usages, each on the test split of the data it was trained on.
 
-    The thresholds are read from the table that training left; `recipes calibrate` would fit them anew.
+    The thresholds are read from the table that training left; `recipes calibrate` would fit them anew. Folders of
+    Hugging Face models, such as `recipes retrofit` writes, are tested on a text of yours: perplexity of a token in up
+    to 32 windows of 2048 tokens, or as many as the model reads.
 
     Args:
         ckpt_paths: one or several, such as one model trained with `--budget any` and some trained at a usage; "last" is
-            that of the newest run, and the default.
+            that of the newest run, and the default. Or one or several folders.
         kv_usages: stored tokens / tokens, 0..1. Default: 0, 1/16, 1/8, 1/4, 1/2, 3/4, 1.
         long: also read that many test tokens as one sequence at each usage, and weigh the cache.
+        text: files or folders that folders are tested on.
         out: folder for results.json, table.md and curve.png.
         root: folder of runs, for "last".
     """
-    from tqdm import tqdm
-
     from mixers.threshold import check_usage
-    from recipes.checkpoint.opening import open_checkpoint
+    from recipes.checkpoint.model_folder import is_model_folder
     from recipes.compare.curve import curve_table, draw_curves
     from recipes.results import stamp, write_json
 
     if long < 0:
         raise SpecError(f"long must be a number of tokens, got {long}")
     usages = [check_usage(usage) for usage in kv_usages or USAGES]
-    found = [open_checkpoint(path, root=root) for path in ckpt_paths or ["last"]]
+    paths = ckpt_paths or ["last"]
+    folders = [path for path in paths if is_model_folder(path)]
+    if folders and len(folders) < len(paths):
+        raise SpecError(f"{folders[0]} is the folder of a Hugging Face model, others are checkpoints: not one task")
+    if bool(folders) != bool(text):
+        raise SpecError("--text goes with folders of Hugging Face models, and they need it; checkpoints have their own")
+    rows = _folder_rows(folders, usages, text, long) if folders else _checkpoint_rows(paths, usages, long, root)
+    by_label = {row["label"]: [row] for row in rows}
+    folder, stamped = Path(out), stamp()
+    folder.mkdir(parents=True, exist_ok=True)
+    text = curve_table(by_label) + (_weights_table(rows, long) if long else "")
+    (folder / "table.md").write_text(text + "\n")
+    write_json(folder / "results.json", stamped | {"kv_usages": usages, "runs": rows})
+    draw_curves(by_label, folder / "curve.png")
+    print(f"\n{text}\n\nwritten to {folder}/")
+
+
+def _checkpoint_rows(paths: list[str], usages: list[float], long: int, root: str) -> list[dict[str, Any]]:
+    """What each checkpoint gives at each usage."""
+    from tqdm import tqdm
+
+    from recipes.checkpoint.opening import open_checkpoint
+
+    found = [open_checkpoint(path, root=root) for path in paths]
     loaded = [_load(saved) for saved in found]
     metrics = {metric for *_, metric in loaded}
     if len(metrics) > 1:
@@ -52,7 +77,9 @@ def sweep(
             for usage in usages:
                 bar.set_postfix_str(f"{saved.path.parents[1].name} at {usage:g}")
                 points.append(
-                    {"asked": usage} | _test(model, data, usage) | (_weigh(model, texts[saved.path]) if long else {})
+                    {"asked": usage}
+                    | _test(model, data, usage)
+                    | (_weigh(model.eval().decoder, texts[saved.path].to(model.device)) if long else {})
                 )
                 bar.update()
             own = _test(model, data, None)
@@ -60,14 +87,51 @@ def sweep(
             label = f"{saved.path.parents[1].name} ({'any budget' if model.budget else 'fixed'})"
             row = {"label": label, "ckpt_path": str(saved.path), "metric": metric, "options": options, "curve": points}
             rows.append(row | own)
-    by_label = {row["label"]: [row] for row in rows}
-    folder, stamped = Path(out), stamp()
-    folder.mkdir(parents=True, exist_ok=True)
-    text = curve_table(by_label) + (_weights_table(rows, long) if long else "")
-    (folder / "table.md").write_text(text + "\n")
-    write_json(folder / "results.json", stamped | {"kv_usages": usages, "runs": rows})
-    draw_curves(by_label, folder / "curve.png")
-    print(f"\n{text}\n\nwritten to {folder}/")
+    return rows
+
+
+def _folder_rows(folders: list[str], usages: list[float], text: list[str], long: int) -> list[dict[str, Any]]:
+    """What the model of each folder gives at each usage."""
+    import torch
+    from tqdm import tqdm
+
+    from mixers.threshold import thresholds_of
+    from recipes.checkpoint.model_folder import LENGTH, WINDOWS, AsDecoder, open_folder
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = [(opened := open_folder(path).routed(), opened.windows(text, LENGTH, count=WINDOWS)) for path in folders]
+    for opened, _ in loaded:
+        if long > (opened.longest or long):
+            raise SpecError(f"{opened.path} reads at most {opened.longest:,} tokens, less than --long {long:,}")
+    whole = {opened.path: opened.windows(text, long, count=1) for opened, _ in loaded if long}
+    rows = []
+    with tqdm(total=len(folders) * len(usages), unit="test") as bar:
+        for opened, windows in loaded:
+            model, path = opened.model.to(device), opened.path
+            own = next(thresholds_of(model)).kv_usage
+            points = []
+            for usage in usages:
+                bar.set_postfix_str(f"{path.name} at {usage:g}")
+                points.append({"asked": usage} | _test_text(model, windows, usage))
+                if long:
+                    points[-1] |= _weigh(AsDecoder(model), whole[path].to(device))
+                bar.update()
+            row = {"label": path.name, "ckpt_path": str(path), "metric": "perplexity", "options": {"budget": "any"}}
+            rows.append(row | {"windows": [*windows.shape], "curve": points} | _test_text(model, windows, own))
+            model.cpu()
+    return rows
+
+
+def _test_text(model, windows, usage: float) -> dict[str, float]:
+    """Perplexity at a usage, and the usage that it came to."""
+    from mixers.threshold import set_kv_usage
+    from recipes.checkpoint.model_folder import usage_of
+    from recipes.retrofit.scoring import perplexity
+
+    set_kv_usage(model, usage)
+    with usage_of(model) as kept:
+        score = perplexity(model, windows, progress=False)
+    return {"perplexity": score.perplexity, "kv_usage": kept()}
 
 
 def _load(saved) -> tuple[Any, Any, str]:
@@ -112,7 +176,7 @@ def _first_tokens(data, count: int):
     raise SpecError(f"the test split has {have:,} tokens, less than the {count:,} asked for; see --data.test_tokens")
 
 
-def _weigh(model, tokens) -> dict[str, float]:
+def _weigh(decoder, tokens) -> dict[str, float]:
     """What is held after reading tokens (1, T), prefilled in chunks.
 
     Bytes of keys and values, pages and all, and those as a share of what softmax attention with these heads would hold.
@@ -120,7 +184,7 @@ def _weigh(model, tokens) -> dict[str, float]:
     from lit_modules.generation import Continuation
     from mixers.state import full_kv_bytes
 
-    read = Continuation(model.eval().decoder, tokens.to(model.device))
+    read = Continuation(decoder, tokens)
     all_of_it = full_kv_bytes(read.state)
     return {"long": tokens.shape[1], "kv_bytes": read.kv_cache_bytes, "of_attention": read.kv_cache_bytes / all_of_it}
 
