@@ -2,7 +2,7 @@
 
 Rows (one per sequence and key head) are sorted by how much they store and taken in groups of like size, so that one
 full head beside empty ones costs what it stores and no more. Within a group, blocks of queries read only the stored
-keys that some query of the block may see.
+keys that some query of the block may see and, with a window, beside them the keys near the block that are not stored.
 """
 
 import torch
@@ -22,6 +22,7 @@ forward and backward, masked / gathered, (8, T, 4, 32) in float32 on one thread 
 
 and with two sequences whose heads store unevenly 2.2 / 2.4, 2.1 / 2.4, 2.0 / 3.0 at T = 128."""
 QUERY_BLOCK = 512
+WINDOW_BLOCK = 128  # with a window: a block reads its own keys, seen or not
 
 
 def routed_attention(
@@ -42,8 +43,7 @@ def routed_attention(
     q = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4)  # (B, H_kv, groups, T, K)
     k, v, stored = (x.transpose(1, 2) for x in (k, v, stored))  # (B, H_kv, T, ...)
     bias = None if bias is None else bias.transpose(1, 2)
-    # a window makes every key near some query visible, stored or not: gathering would save little
-    attend = _masked if window or T <= DENSE_BELOW else _gathered
+    attend = _masked if max(DENSE_BELOW, 2 * window) >= T else _gathered
     o = attend(q, k, v, stored, bias, scale, window)
     return layout.unpad(o.permute(0, 3, 1, 2, 4).flatten(2, 3))
 
@@ -97,8 +97,8 @@ def _masked(q, k, v, stored, bias, scale, window):
     return o.unflatten(0, shape)
 
 
-def _gathered(q, k, v, stored, bias, scale, _window):
-    """Stored keys only, row by row of like size."""
+def _gathered(q, k, v, stored, bias, scale, window):
+    """Stored keys and those of the window only, row by row of like size."""
     shape = q.shape[:2]
     q, k, v, stored = (x.flatten(0, 1) for x in (q, k, v, stored))
     bias = None if bias is None else bias.flatten(0, 1)
@@ -106,11 +106,11 @@ def _gathered(q, k, v, stored, bias, scale, _window):
     outputs = []
     for rows in order.split(like_sizes(counts.tolist())):
         some_bias = None if bias is None else bias[rows]
-        outputs.append(_one_group(q[rows], k[rows], v[rows], stored[rows], some_bias, scale))
+        outputs.append(_one_group(q[rows], k[rows], v[rows], stored[rows], some_bias, scale, window))
     return torch.cat(outputs)[torch.argsort(order)].unflatten(0, shape)
 
 
-def _one_group(q, k, v, stored, bias, scale):
+def _one_group(q, k, v, stored, bias, scale, window):
     """Rows (R, ...) that store about as much."""
     T = stored.shape[1]
     most = int(stored.sum(1).max())
@@ -118,14 +118,24 @@ def _one_group(q, k, v, stored, bias, scale):
     # visible, as its position is set past the end
     index = (~stored).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
     position = torch.where(torch.gather(stored, 1, index), index, T)
-    k, v = (torch.gather(x, 1, index[..., None].expand(-1, -1, x.shape[-1])) for x in (k, v))
-    bias = None if bias is None else torch.gather(bias, 1, index)
+    held = [torch.gather(x, 1, index[..., None].expand(-1, -1, x.shape[-1])) for x in (k, v)]
+    held.append(None if bias is None else torch.gather(bias, 1, index))
     visible_at = stored.cumsum(1).amax(0).tolist()  # the most keys that some row shows to query t
-    blocks = []
-    for start in range(0, T, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, T)
-        m = visible_at[stop - 1]
-        seen = position[:, None, :m] <= torch.arange(start, stop, device=q.device)[:, None]
-        some_bias = None if bias is None else bias[:, :m]
-        blocks.append(attend(q[:, :, start:stop], k[:, :m], v[:, :m], seen, some_bias, scale))
+    blocks, token, size = (
+        [],
+        torch.arange(T, device=q.device),
+        min(QUERY_BLOCK, WINDOW_BLOCK) if window else QUERY_BLOCK,
+    )
+    for start in range(0, T, size):
+        stop = min(start + size, T)
+        m, query = visible_at[stop - 1], token[start:stop, None]
+        seen = position[:, None, :m] <= query
+        keys, values, some_bias = (None if x is None else x[:, :m] for x in held)
+        if window:
+            near = slice(max(start + 1 - window, 0), stop)
+            behind = query - token[near]
+            seen = torch.cat([seen, ~stored[:, None, near] & (behind >= 0) & (behind < window)], 2)
+            keys, values = torch.cat([keys, k[:, near]], 1), torch.cat([values, v[:, near]], 1)
+            some_bias = None if bias is None else torch.cat([some_bias, bias[:, near]], 1)
+        blocks.append(attend(q[:, :, start:stop], keys, values, seen, some_bias, scale))
     return torch.cat(blocks, 2)
