@@ -28,6 +28,8 @@ def layer_of(cache: Any, index: int | None, owner: Any) -> Any:
     if not isinstance(layer, _layer_class()):
         if layer.get_seq_length():
             raise ValueError(f"the cache is of another model: its layer {index} holds the keys of an attention layer")
+        if "Quantized" in type(layer).__name__:
+            raise ValueError("a quantized cache was asked for: a mixer keeps its state in the model's own precision")
         layer = cache.layers[index] = _layer_class()()
     if layer.owner is None:
         layer.owner = owner

@@ -251,9 +251,9 @@ class HostedHAM(Mixer):
         if self.training and (state is None or state.kv.fresh):  # what is generated, token by token, is no step
             always = counted(scores, layout, positions, self.window_size(), self.sinks)
             self.threshold.observe(self.layer_index, always)
-        tau = of_token = self.threshold.tau(self.training).expand(self.num_heads)
+        tau = of_token = self.threshold.tau(self.training).to(scores.device).expand(self.num_heads)
         if self.threshold.usages is not None:
-            of_token = self.threshold.tau_per_sequence(layout)
+            of_token = self.threshold.tau_per_sequence(layout).to(scores.device)
         stored = (scores > of_token) | are_sinks(positions, self.sinks)
         if self.adds_memory and not self.looks_at_errors:
             read, _, recurrent, g, beta = self.memory(h, q, k, v, stored, recurrent, layout, "none")

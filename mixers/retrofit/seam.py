@@ -108,7 +108,7 @@ def attention(
         out, weights = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **told)
         part.watch(call.hidden, q, k, v, out)
         return out, weights
-    x = torch.cat([call.hidden.to(q.dtype), q.flatten(2), k.flatten(2), v.flatten(2)], -1)
+    x = torch.cat([call.hidden.to(q), q.flatten(2), k.flatten(2), v.flatten(2)], -1)
     real, begins = read_mask(attention_mask, x, causal=True)
     begins = beginnings(x, real, begins, **{name: told.pop(name, None) for name in PACKING})
     refuse(type(module).__name__, {name: y for name, y in told.items() if y is not None and y is not False})
@@ -131,8 +131,10 @@ def before_call(module: nn.Module, args: tuple, options: dict[str, Any]) -> None
     layer = None
     if cache is not None:
         layer = layer_of(cache, module.layer_idx, part)
-        if part.training and torch.is_grad_enabled():
-            layer = None  # models make a cache even to be trained
+        if part.training and torch.is_grad_enabled():  # models make a cache even to be trained
+            if layer.read:
+                raise ValueError(f"HAM in {type(module).__name__} is not trained on a cache that holds tokens already")
+            layer = None
     part.call = Call(given[names[0]], layer)
 
 
@@ -171,7 +173,7 @@ def probe(model: PreTrainedModel) -> list[Found]:
     """The attention modules that a forward pass over two tokens reaches through the seam, in the order of their calls.
 
     Raises:
-        SpecError: a module is called twice.
+        SpecError: a module is called twice, or the model cannot do with tokens alone.
     """
     global _found
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
@@ -181,6 +183,11 @@ def probe(model: PreTrainedModel) -> list[Found]:
         model.eval()
         model(input_ids=ids, use_cache=False)
         found = _found
+    except Exception as error:  # whatever a model of others raises
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise SpecError(
+            f"HAM cannot be put into {type(model).__name__}: a pass over two tokens fails ({what})"
+        ) from error
     finally:
         _found = None
         for module, training in modes.items():

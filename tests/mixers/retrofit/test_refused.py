@@ -15,6 +15,7 @@ from transformers import (
     Gemma2ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     T5Config,
@@ -45,6 +46,7 @@ OTHERS = {
     "dropout": (lambda: host(attention_dropout=0.1), "attention_dropout=0.1.*from_pretrained"),
     "GPT-2's dropout": (lambda: host("gpt2", attn_pdrop=0.1), "attn_pdrop=0.1"),
     "other library": (lambda: torch.nn.Linear(4, 4), "Linear is none: see swap_mixers"),
+    "more inputs": (lambda: needy(), "a pass over two tokens fails .ValueError: it needs images"),
     "swapped": (lambda: swapped(), "no module of it reaches"),
 }
 
@@ -52,6 +54,16 @@ OTHERS = {
 def swapped():
     model = host()
     swap_mixers(model, "ham", where="*.self_attn")
+    return model
+
+
+def needy():
+    class Needy(LlamaForCausalLM):
+        def forward(self, input_ids=None, **told):
+            raise ValueError("it needs\n images")
+
+    model = host()
+    model.__class__ = Needy
     return model
 
 
@@ -125,6 +137,20 @@ def test_a_cache_of_another_model():
         cache = DynamicCache(config=one.config)
         one(x, past_key_values=cache)
         one(tokens(2, 3), past_key_values=cache)
+
+
+def test_a_cache_that_cannot_be_gone_on_with():
+    model, x = attached(host()), tokens(1, 9)
+    with torch.no_grad():
+        filled = model(x).past_key_values
+    with pytest.raises(ValueError, match="not trained on a cache that holds tokens"):
+        model.train()(x, past_key_values=filled)
+    cache = DynamicCache(config=model.config)
+    cache.layers[0] = type("QuantizedLayer", (type(cache.layers[0]),), {})()
+    with pytest.raises(ValueError, match="a quantized cache was asked for"):
+        model.eval()(x, past_key_values=cache)
+    with pytest.raises(ValueError, match="cannot forget its last tokens"):
+        model.generate(x, max_new_tokens=9, do_sample=False, prompt_lookup_num_tokens=3)
 
 
 def test_calls_that_cannot_be_honoured():
