@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -194,6 +194,11 @@ def probe(model: PreTrainedModel) -> list[Found]:
             module.training = training
     if len({id(one.module) for one in found}) < len(found):
         raise SpecError(f"{type(model).__name__} calls an attention module several times in a pass: HAM needs one each")
+    layers = DynamicCache(config=model.config).layers
+    for one in found:
+        index = getattr(one.module, "layer_idx", None)
+        if index is not None and any(hasattr(layer, "conv_states") for layer in layers[index : index + 1]):
+            one.wrong = "a recurrent memory of the model's own shares its layer of the cache"
     return found
 
 

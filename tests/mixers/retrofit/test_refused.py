@@ -11,6 +11,8 @@ from transformers import (
     BloomConfig,
     BloomForCausalLM,
     DynamicCache,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GptOssConfig,
@@ -29,6 +31,7 @@ from tests.mixers.retrofit.hosts import PLAIN, SIZES, VOCABULARY, attached, host
 T5 = dict(vocab_size=VOCABULARY, d_model=32, num_layers=2, num_heads=4, d_ff=48, decoder_start_token_id=0)
 BLOOM = dict(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
 MAMBA = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2)
+BESIDE = SIZES | dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8)
 EXPERTS = SIZES | dict(head_dim=16, num_local_experts=4, num_experts_per_tok=2)
 OTHERS = {
     "encoder": (lambda: BertLMHeadModel(BertConfig(**PLAIN)), "tokens see later ones"),
@@ -40,6 +43,10 @@ OTHERS = {
     ),
     "no interface": (lambda: BloomForCausalLM(BloomConfig(**BLOOM)), "without transformers' attention interface"),
     "no attention": (lambda: MambaForCausalLM(MambaConfig(**MAMBA)), "no module of it reaches"),
+    "attention beside Mamba": (
+        lambda: FalconH1ForCausalLM(FalconH1Config(**BESIDE)),
+        "a recurrent memory of the model's",
+    ),
     "soft-capping": (lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=16)), "its attention has softcap"),
     "sinks of its own": (lambda: GptOssForCausalLM(GptOssConfig(**EXPERTS)), "its attention has s_aux"),
     "sliding": (lambda: host("mistral", sliding_window=8), r"every layer has a sliding window \(8 tokens\)"),
