@@ -22,7 +22,7 @@ from lit_modules.data.files import find_files
 from mixers import calibrate, set_kv_usage
 from mixers.registry import SpecError
 from mixers.retrofit import attach, parts_of
-from mixers.retrofit.forecast import Forecast
+from mixers.retrofit.forecast import Forecast, Refinement
 from mixers.retrofit.memory_fit import MemoryFit
 from mixers.retrofit.sensitivity import Sensitivity
 from recipes.messages import one_line
@@ -33,7 +33,13 @@ EPOCHS = 2
 SENSITIVITY = 8  # sequences
 CALIBRATION = 4
 SAVE_EVERY = 120  # seconds
-COSTS = {"sensitivity": 6.0, "forecast": 2.5, "thresholds": 2.0, "memory": 3.5}  # in forward passes of the host
+COSTS = {
+    "sensitivity": 6.0,
+    "forecast": 2.5,
+    "mlp": 3.0,
+    "thresholds": 2.0,
+    "memory": 3.5,
+}  # in forward passes of the host
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,10 @@ def carry_out(plan: Plan, out: Path) -> None:
     forecast = Forecast(model, sensitivity.metric)
     _work("forecast", forecast, ids, progress)
     explained = forecast.solve()
+    if plan.hidden:
+        refinement = Refinement(model, sensitivity.metric, steps=len(ids))
+        _work("mlp", refinement, ids, progress)
+        explained = {name: 1 - float(error) for name, error in refinement.errors.items()}
     set_kv_usage(model, 0.25 if plan.kv_usage in (0, 1) else plan.kv_usage)
     _calibrate(model, ids)
     errors: dict[str, float] = {}
@@ -171,6 +181,7 @@ def _estimate(model: Any, ids: Tensor, plan: Plan) -> None:
         model(input_ids=ids[:1], use_cache=False, logits_to_keep=1)
     one = time.monotonic() - start
     passes = {"sensitivity": SENSITIVITY, "forecast": len(ids), "thresholds": 2 * CALIBRATION + 2}
+    passes |= {"mlp": len(ids)} if plan.hidden else {}
     passes |= {"memory": EPOCHS * len(ids)} if plan.memory else {}
     minutes = sum(COSTS[name] * count for name, count in passes.items()) * one / 60
     width = model.config.get_text_config().hidden_size
