@@ -2,6 +2,7 @@
 
 sensitivity   backward passes over a few sequences      what a layer's output means to the loss
 forecast      a forward pass over each sequence         a token's worth, by ridge regression
+mlp           optional: another one                     beside it
 thresholds    forward passes over a few                 calibrated for the phase to come
 memory        a forward pass over each, `EPOCHS` times  every layer's memory takes a step at each
 distill       optional: the parts end to end
@@ -22,6 +23,7 @@ from lit_modules.data.files import find_files
 from mixers import calibrate, set_kv_usage
 from mixers.registry import SpecError
 from mixers.retrofit import attach, parts_of
+from mixers.retrofit.distillation import Distillation
 from mixers.retrofit.forecast import Forecast, Refinement
 from mixers.retrofit.memory_fit import MemoryFit
 from mixers.retrofit.sensitivity import Sensitivity
@@ -33,7 +35,7 @@ EPOCHS = 2
 SENSITIVITY = 8  # sequences
 CALIBRATION = 4
 SAVE_EVERY = 120  # seconds
-COSTS = {
+COSTS = {"sensitivity": 6.0, "forecast": 2.5, "mlp": 3.0, "thresholds": 2.0, "memory": 3.5, "distill": 8.0}
     "sensitivity": 6.0,
     "forecast": 2.5,
     "mlp": 3.0,
@@ -123,6 +125,12 @@ def carry_out(plan: Plan, out: Path) -> None:
         _work("memory", memory, ids.repeat(EPOCHS, 1), progress)
         errors = {name: float(error) for name, error in memory.errors.items()}
         _calibrate(model, ids)
+    if plan.distill:
+        distillation = Distillation(model, steps=plan.distill, seed=plan.seed)
+        times = -(-plan.distill // len(ids))
+        _work("distill", distillation, ids.repeat(times, 1)[: plan.distill], progress)
+        errors |= {f"KL at usage {usage}": float(error) for usage, error in distillation.errors.items()}
+        _calibrate(model, ids)
     set_kv_usage(model, plan.kv_usage)
     with written_whole(out) as part:
         model.save_pretrained(part)
@@ -182,6 +190,7 @@ def _estimate(model: Any, ids: Tensor, plan: Plan) -> None:
     one = time.monotonic() - start
     passes = {"sensitivity": SENSITIVITY, "forecast": len(ids), "thresholds": 2 * CALIBRATION + 2}
     passes |= {"mlp": len(ids)} if plan.hidden else {}
+    passes |= {"distill": plan.distill}
     passes |= {"memory": EPOCHS * len(ids)} if plan.memory else {}
     minutes = sum(COSTS[name] * count for name, count in passes.items()) * one / 60
     width = model.config.get_text_config().hidden_size
