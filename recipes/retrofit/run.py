@@ -36,12 +36,7 @@ SENSITIVITY = 8  # sequences
 CALIBRATION = 4
 SAVE_EVERY = 120  # seconds
 COSTS = {"sensitivity": 6.0, "forecast": 2.5, "mlp": 3.0, "thresholds": 2.0, "memory": 3.5, "distill": 8.0}
-    "sensitivity": 6.0,
-    "forecast": 2.5,
-    "mlp": 3.0,
-    "thresholds": 2.0,
-    "memory": 3.5,
-}  # in forward passes of the host
+"""In forward passes of the host."""
 
 
 @dataclass(frozen=True)
