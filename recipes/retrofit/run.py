@@ -4,7 +4,8 @@ sensitivity   backward passes over a few sequences      what a layer's output me
 forecast      a forward pass over each sequence         a token's worth, by ridge regression
 mlp           optional: another one                     beside it
 thresholds    forward passes over a few                 calibrated for the phase to come
-memory        a forward pass over each, `EPOCHS` times  every layer's memory takes a step at each
+read-out      a forward pass over each sequence         what the memories answer, mapped to what is missing
+memory        another one                               every layer's memory takes a step at each
 distill       optional: the parts end to end
 thresholds    calibrated anew
 """
@@ -25,17 +26,24 @@ from mixers.registry import SpecError
 from mixers.retrofit import attach, parts_of
 from mixers.retrofit.distillation import Distillation
 from mixers.retrofit.forecast import Forecast, Refinement
-from mixers.retrofit.memory_fit import MemoryFit
+from mixers.retrofit.memory_fit import MemoryFit, ReadOut
 from mixers.retrofit.sensitivity import Sensitivity
 from recipes.messages import one_line
 from recipes.results import stamp, write_json, written_whole
 from recipes.retrofit.scoring import windows
 
-EPOCHS = 2
 SENSITIVITY = 8  # sequences
 CALIBRATION = 4
 SAVE_EVERY = 120  # seconds
-COSTS = {"sensitivity": 6.0, "forecast": 2.5, "mlp": 3.0, "thresholds": 2.0, "memory": 3.5, "distill": 8.0}
+COSTS = {
+    "sensitivity": 6.0,
+    "forecast": 2.5,
+    "mlp": 3.0,
+    "thresholds": 2.0,
+    "read-out": 2.5,
+    "memory": 3.5,
+    "distill": 8.0,
+}
 """In forward passes of the host."""
 
 
@@ -116,8 +124,11 @@ def carry_out(plan: Plan, out: Path) -> None:
     _calibrate(model, ids)
     errors: dict[str, float] = {}
     if plan.memory:
-        memory = MemoryFit(model, sensitivity.metric, steps=EPOCHS * len(ids), seed=plan.seed)
-        _work("memory", memory, ids.repeat(EPOCHS, 1), progress)
+        start = ReadOut(model, seed=plan.seed)
+        _work("read-out", start, ids, progress)
+        start.solve()
+        memory = MemoryFit(model, sensitivity.metric, steps=len(ids), seed=plan.seed + 1)
+        _work("memory", memory, ids, progress)
         errors = {name: float(error) for name, error in memory.errors.items()}
         _calibrate(model, ids)
     if plan.distill:
@@ -186,7 +197,7 @@ def _estimate(model: Any, ids: Tensor, plan: Plan) -> None:
     passes = {"sensitivity": SENSITIVITY, "forecast": len(ids), "thresholds": 2 * CALIBRATION + 2}
     passes |= {"mlp": len(ids)} if plan.hidden else {}
     passes |= {"distill": plan.distill}
-    passes |= {"memory": EPOCHS * len(ids)} if plan.memory else {}
+    passes |= {"read-out": len(ids), "memory": len(ids)} if plan.memory else {}
     minutes = sum(COSTS[name] * count for name, count in passes.items()) * one / 60
     width = model.config.get_text_config().hidden_size
     moments = len(parts_of(model)) * width * width * 12
