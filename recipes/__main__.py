@@ -33,6 +33,7 @@ COMMANDS = {
         "recipes.retrofit.command:retrofit",
         "put HAM around the attention of a pretrained model:  retrofit --model FOLDER --text FILES --out FOLDER",
     ),
+    "contest": ("recipes.retrofit.contest:contest", "a retrofitted model against rivals and controls of equal bytes"),
     "export": ("recipes.checkpoint.export:export", "write a checkpoint as a Hugging Face model"),
     "lm_eval": (
         "recipes.checkpoint.harness:lm_eval_command",
@@ -43,7 +44,8 @@ COMMANDS = {
     "ls": ("recipes.listing:ls", "the mixers, routers, thresholds, data and recipes there are"),
     "show": ("recipes.listing:show", "what one of them is, and its options"),
 }
-FUNCTIONS = ("compare", "bench", "cost", "doctor", "generate", "calibrate", "retrofit", "export", "sweep", "figures")
+FUNCTIONS = ("compare", "bench", "cost", "doctor", "generate", "calibrate", "retrofit", "contest", "export", "sweep")
+FUNCTIONS += ("figures",)
 
 
 def usage() -> str:

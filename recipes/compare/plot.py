@@ -172,7 +172,7 @@ def new_axes() -> tuple[Any, Any]:
 
 def band(axes: Any, line: Line, **style: Any) -> None:
     """A line through the means, over the range of the seeds."""
-    axes.plot(line.x, line.y, lw=1.8, **style)
+    axes.plot(line.x, line.y, **({"lw": 1.8} | style))
     low, high = ([pick(line.points[x]) for x in line.x] for pick in (min, max))
     axes.fill_between(line.x, low, high, color=style["color"], alpha=0.1, lw=0)
 
@@ -180,7 +180,7 @@ def band(axes: Any, line: Line, **style: Any) -> None:
 def level(axes: Any, line: Line, style: dict[str, Any]) -> None:
     """A mean that holds at every x, over the range of the seeds."""
     (values,) = line.points.values()
-    axes.axhline(mean(values), lw=1.5, **style)
+    axes.axhline(mean(values), **({"lw": 1.5} | style))
     axes.axhspan(min(values), max(values), color=style["color"], alpha=0.1, lw=0)
 
 
