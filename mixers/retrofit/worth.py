@@ -19,7 +19,7 @@ FLOOR = 1e-12  # of what is taken the logarithm of
 
 
 @torch.no_grad()
-def worth(q: Tensor, k: Tensor, v: Tensor, metric: Tensor, *, scale: float, window: int, sinks: int) -> Tensor:
+def worth(q: Tensor, k: Tensor, v: Tensor, metric: Tensor, *, scale: float, window: int) -> Tensor:
     """log d / 2 of every token; a dense pass, one sequence and one key head at a time.
 
     Args:
@@ -28,7 +28,6 @@ def worth(q: Tensor, k: Tensor, v: Tensor, metric: Tensor, *, scale: float, wind
         metric: (heads, V, V), symmetric and positive.
         scale: factor of q.k.
         window: queries nearer than this see the token anyway.
-        sinks: these are stored whatever they are worth: of no account.
 
     Returns:
         (B, T, H) float32.

@@ -15,7 +15,7 @@ def retrofit(
     window: int = 32,
     sinks: int = 4,
     memory: bool = True,
-    hidden: int = 0,
+    hidden: int = 128,
     distill: int = 0,
     seed: int = 0,
 ) -> None:
@@ -35,7 +35,7 @@ def retrofit(
         window: the last tokens, always seen.
         sinks: the first tokens, always seen.
         memory: also fit a recurrent memory of what is not stored.
-        hidden: width of an MLP beside the linear forecast of demand; 0 is none.
+        hidden: width of the MLP beside the linear forecast of demand; 0 is none.
         distill: steps of training the parts end to end on the model's own logits; 0 is none.
         seed: of the choice of text, and of the usages drawn.
 

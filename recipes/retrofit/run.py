@@ -1,8 +1,7 @@
 """What a retrofit does, one phase after the other, each of which goes on where it was stopped.
 
 sensitivity   backward passes over a few sequences      what a layer's output means to the loss
-forecast      a forward pass over each sequence         a token's worth, by ridge regression
-mlp           optional: another one                     beside it
+forecast      a forward pass over each sequence         a token's worth, by regression
 thresholds    forward passes over a few                 calibrated for the phase to come
 read-out      a forward pass over each sequence         what the memories answer, mapped to what is missing
 memory        another one                               every layer's memory takes a step at each
@@ -25,7 +24,7 @@ from mixers import calibrate, set_kv_usage
 from mixers.registry import SpecError
 from mixers.retrofit import attach, parts_of
 from mixers.retrofit.distillation import Distillation
-from mixers.retrofit.forecast import Forecast, Refinement
+from mixers.retrofit.forecast import Forecast
 from mixers.retrofit.memory_fit import MemoryFit, ReadOut
 from mixers.retrofit.sensitivity import Sensitivity
 from recipes.messages import one_line
@@ -38,7 +37,6 @@ SAVE_EVERY = 120  # seconds
 COSTS = {
     "sensitivity": 6.0,
     "forecast": 2.5,
-    "mlp": 3.0,
     "thresholds": 2.0,
     "read-out": 2.5,
     "memory": 3.5,
@@ -113,13 +111,9 @@ def carry_out(plan: Plan, out: Path) -> None:
     started = time.monotonic()
     sensitivity = Sensitivity(model)
     _work("sensitivity", sensitivity, ids[:SENSITIVITY], progress)
-    forecast = Forecast(model, sensitivity.metric)
+    forecast = Forecast(model, sensitivity.metric, reads=len(ids), seed=plan.seed)
     _work("forecast", forecast, ids, progress)
     explained = forecast.solve()
-    if plan.hidden:
-        refinement = Refinement(model, sensitivity.metric, steps=len(ids))
-        _work("mlp", refinement, ids, progress)
-        explained = {name: 1 - float(error) for name, error in refinement.errors.items()}
     set_kv_usage(model, 0.25 if plan.kv_usage in (0, 1) else plan.kv_usage)
     _calibrate(model, ids)
     errors: dict[str, float] = {}
@@ -166,9 +160,17 @@ def open_host(name: str) -> tuple[Any, Any]:
 
 
 def read_text(plan: Plan, tokenizer: Any) -> Tensor:
-    """Sequences (N, T) of token ids, taken evenly from all files."""
-    texts = [path.read_text(errors="replace") for path in find_files(plan.text)]
-    return windows(texts, tokenizer, length=plan.seq_len, count=plan.sequences)
+    """Sequences (N, T) of token ids: of each text that was named as many, taken evenly from all its files.
+
+    Raises:
+        SpecError: a text that is too short, or is none.
+    """
+    shares = [len(part) for part in torch.arange(plan.sequences).tensor_split(len(plan.text))]
+    found = []
+    for text, count in zip(plan.text, shares, strict=True):
+        texts = [path.read_text(errors="replace") for path in find_files([text])]
+        found.append(windows(texts, tokenizer, length=plan.seq_len, count=count))
+    return torch.cat(found)
 
 
 def _work(name: str, fit: Any, rows: Tensor, progress: Progress) -> None:
@@ -195,7 +197,6 @@ def _estimate(model: Any, ids: Tensor, plan: Plan) -> None:
         model(input_ids=ids[:1], use_cache=False, logits_to_keep=1)
     one = time.monotonic() - start
     passes = {"sensitivity": SENSITIVITY, "forecast": len(ids), "thresholds": 2 * CALIBRATION + 2}
-    passes |= {"mlp": len(ids)} if plan.hidden else {}
     passes |= {"distill": plan.distill}
     passes |= {"read-out": len(ids), "memory": len(ids)} if plan.memory else {}
     minutes = sum(COSTS[name] * count for name, count in passes.items()) * one / 60
