@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mixers.registry import SpecError, check_positive
+from mixers.registry import SpecError, check_positive, check_range
 
 
 def retrofit(
@@ -11,6 +11,7 @@ def retrofit(
     out: str,
     seq_len: int = 2048,
     sequences: int = 48,
+    repeat: float = 0.25,
     kv_usage: float = 0.25,
     window: int = 32,
     sinks: int = 4,
@@ -31,6 +32,7 @@ def retrofit(
         out: folder to write.
         seq_len: tokens of a sequence; usages are exact at this length.
         sequences: how many are read.
+        repeat: share of them that are half as much text, twice: what may be asked for word by word, 0..1.
         kv_usage: kept tokens / tokens, window and sinks among them, that the model is set to in the end, 0..1.
         window: the last tokens, always seen.
         sinks: the first tokens, always seen.
@@ -46,6 +48,7 @@ def retrofit(
     from recipes.retrofit.run import Plan, carry_out
 
     check_positive(seq_len=seq_len, sequences=sequences)
+    check_range(0, 1.0001, repeat=repeat)
     if Path(out).exists():
         raise SpecError(f"{out} exists already: name another folder to write, or remove it")
     always = min(window + sinks, seq_len) / seq_len
@@ -54,7 +57,7 @@ def retrofit(
             f"kv_usage {kv_usage:g} cannot be held: window and sinks alone are {always:.3f} of {seq_len} tokens"
         )
     plan = Plan(
-        model=model, text=text, seq_len=seq_len, sequences=sequences, kv_usage=kv_usage, window=window, sinks=sinks,
+        model=model, text=text, seq_len=seq_len, sequences=sequences, repeat=repeat, kv_usage=kv_usage, window=window, sinks=sinks,
         memory=memory, hidden=hidden, distill=distill, seed=seed,
     )  # fmt: skip
     carry_out(plan, Path(out))

@@ -53,6 +53,7 @@ class Plan:
     text: list[str]
     seq_len: int
     sequences: int
+    repeat: float
     kv_usage: float
     window: int
     sinks: int
@@ -105,8 +106,9 @@ def carry_out(plan: Plan, out: Path) -> None:
     report = attach(model, router=router, window=plan.window, sinks=plan.sinks, memory=plan.memory)
     print(report)
     ids = read_text(plan, tokenizer)
-    generator = torch.Generator().manual_seed(plan.seed)
-    ids = ids[torch.randperm(len(ids), generator=generator)].to(model.device)
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(plan.seed))].to(model.device)
+    plain = ids[:CALIBRATION].clone()
+    ids = _repeated(ids, plan.repeat)
     _estimate(model, ids, plan)
     started = time.monotonic()
     sensitivity = Sensitivity(model)
@@ -115,7 +117,7 @@ def carry_out(plan: Plan, out: Path) -> None:
     _work("forecast", forecast, ids, progress)
     explained = forecast.solve()
     set_kv_usage(model, 0.25 if plan.kv_usage in (0, 1) else plan.kv_usage)
-    _calibrate(model, ids)
+    _calibrate(model, plain)
     errors: dict[str, float] = {}
     if plan.memory:
         start = ReadOut(model, seed=plan.seed)
@@ -124,13 +126,13 @@ def carry_out(plan: Plan, out: Path) -> None:
         memory = MemoryFit(model, sensitivity.metric, steps=len(ids), seed=plan.seed + 1)
         _work("memory", memory, ids, progress)
         errors = {name: float(error) for name, error in memory.errors.items()}
-        _calibrate(model, ids)
+        _calibrate(model, plain)
     if plan.distill:
         distillation = Distillation(model, steps=plan.distill, seed=plan.seed)
         times = -(-plan.distill // len(ids))
         _work("distill", distillation, ids.repeat(times, 1)[: plan.distill], progress)
         errors |= {f"KL at usage {usage}": float(error) for usage, error in distillation.errors.items()}
-        _calibrate(model, ids)
+        _calibrate(model, plain)
     set_kv_usage(model, plan.kv_usage)
     with written_whole(out) as part:
         model.save_pretrained(part)
@@ -173,6 +175,20 @@ def read_text(plan: Plan, tokenizer: Any) -> Tensor:
     return torch.cat(found)
 
 
+def _repeated(ids: Tensor, share: float) -> Tensor:
+    """The last `share` of the sequences (N, T) become their first half, twice.
+
+    Whatever a text says may be asked for word by word; a text read twice shows which heads would then look for it, as
+    in KVzip (arXiv 2505.23416). Without such sequences forecasts know only what plain text goes back to.
+    """
+    ids, half = ids.clone(), ids.shape[1] // 2
+    count = round(share * len(ids))
+    if count:
+        ids[-count:, half : 2 * half] = ids[-count:, :half]
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(len(ids)))
+    return ids[order.to(ids.device)]
+
+
 def _work(name: str, fit: Any, rows: Tensor, progress: Progress) -> None:
     """Show the rows that it has not seen to a part of the fit, with a bar, keeping what is known so far."""
     if progress[name] is not None:
@@ -186,7 +202,7 @@ def _work(name: str, fit: Any, rows: Tensor, progress: Progress) -> None:
 
 
 def _calibrate(model: Any, ids: Tensor) -> None:
-    rows = tqdm(ids[:CALIBRATION], desc="thresholds")
+    rows = tqdm(ids, desc="thresholds")
     calibrate(model, rows, run=lambda row: model(input_ids=row[None], use_cache=False, logits_to_keep=1))
 
 
