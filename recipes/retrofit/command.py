@@ -57,7 +57,7 @@ def retrofit(
             f"kv_usage {kv_usage:g} cannot be held: window and sinks alone are {always:.3f} of {seq_len} tokens"
         )
     plan = Plan(
-        model=model, text=text, seq_len=seq_len, sequences=sequences, repeat=repeat, kv_usage=kv_usage, window=window, sinks=sinks,
-        memory=memory, hidden=hidden, distill=distill, seed=seed,
+        model=model, text=text, seq_len=seq_len, sequences=sequences, repeat=repeat, kv_usage=kv_usage, window=window,
+        sinks=sinks, memory=memory, hidden=hidden, distill=distill, seed=seed,
     )  # fmt: skip
     carry_out(plan, Path(out))
