@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ TASKS: dict[str, Task] = {
 }
 HARD = ("niah_multikey_2", "variable_tracking")  # RULER's own: for the host and ham, at the shortest length alone
 BLIND = ("oracle",)  # reads the answers: what it would find tells nothing
+UNUSED = -1  # seed of the prompts to calibrate on
 FILES = 24  # of a folder, to calibrate on
 
 
@@ -61,6 +62,7 @@ def contest(
     code_windows: int = 2,
     samples: int = 8,
     calibration: int = 4,
+    thresholds: Literal["task", "text"] = "task",
     methods: list[str] | None = None,
     tasks: list[str] | None = None,
     seeds: list[int] | None = None,
@@ -87,6 +89,8 @@ def contest(
         code_windows: of code likewise.
         samples: prompts of a task, a length and a seed.
         calibration: windows that thresholds are calibrated on, half prose and half code.
+        thresholds: `task` calibrates them for each task on others of its kind (half of `calibration`), so that bytes
+            are equal on it; `text` on prose and code for all tasks, and what is then held of prompts is what it is.
         methods: which; default all, see `recipes.retrofit.methods`.
         tasks: which of prose, code, single, multikey, tracking, niah_multikey_2, variable_tracking; default all.
         seeds: which of those that there are folders for; default all.
@@ -102,7 +106,8 @@ def contest(
     usages = [check_usage(usage) for usage in usages or USAGES]
     lengths = lengths or [1024, 2048]
     check_positive(seq_len=seq_len, windows=windows, code_windows=code_windows, samples=samples)
-    check_positive(calibration=calibration // 2)
+    if calibration < 2:
+        raise SpecError(f"calibration {calibration}: at least 2, a window of prose and one of code")
     folders = {"ham": retrofits if isinstance(retrofits, dict) else dict(enumerate(retrofits)), **(fitted or {})}
     known = [*METHODS, *(fitted or {})]
     methods, tasks = _some("method", methods, known), _some("task", tasks, [*TEXT, *TASKS])
@@ -111,7 +116,7 @@ def contest(
     sources = _check_bed(Path(bed))
     settings = {"host": Path(host).name, "text": sources, "seq_len": seq_len, "windows": windows}
     settings |= {"code_windows": code_windows, "samples": samples, "calibration": calibration}
-    settings |= {"window": window, "sinks": sinks}
+    settings |= {"thresholds": thresholds, "window": window, "sinks": sinks}
     results = Results(Path(out), settings, digests)
     if not report:
         jobs = list(_jobs(seeds, methods, usages, [t for t in tasks if t in TEXT], tasks, seq_len, lengths))
@@ -179,8 +184,7 @@ class Field:
         model, tokenizer = open_host(self.host)
         self.bytes_of_host = bytes_of(model)
         self.text = Text(self.bed, tokenizer, self.settings)
-        self.rows = self.text.calibration().to(model.device)
-        self.metrics = sensitivity_of(self.rows)
+        self.metrics = sensitivity_of(self.text.calibration())
 
     def contestant(self, job: Job) -> Contestant:
         """The model of a job. Raises SpecError if a token takes other bytes than in the host."""
@@ -197,10 +201,13 @@ class Field:
     def measure(self, one: Contestant, job: Job, task: str, length: int, results: Results) -> Row:
         """What is found, and what it took in bytes."""
         drawn = self.text.draw(task, length, job.seed)
-        tokens = round(mean(map(_length, drawn)))  # prompts come close to the length asked for
-        how = {"length": self.settings["seq_len"], "rows": self.rows, "tables": results.tables}
+        of = results.digests.get((job.method, job.seed), "")
+        rows: Any = self.text.calibration()
+        if self.settings["thresholds"] == "task":
+            of, rows = f"{of} {task} {length}", self.text.calibration_of(task, length)
+        lengths = [round(mean(map(len, some))) for some in (_ids(drawn), rows)]  # prompts come close to what is asked
         try:
-            one.hold(job.usage, tokens, of=results.digests.get((job.method, job.seed), ""), **how)
+            one.hold(job.usage, lengths[0], length=lengths[1], rows=rows, tables=results.tables, of=of)
         except SpecError as error:
             return {"value": None, "left_out": str(error)}
         results.save_tables()
@@ -212,8 +219,11 @@ class Field:
         return found | ({"note": one.method.note} if one.method.note else {})
 
 
-def _length(drawn: Tensor | RulerSample) -> int:
-    return len(drawn) if isinstance(drawn, Tensor) else len(drawn.prompt_ids) + len(drawn.answer_ids)
+def _ids(drawn: Tensor | list[RulerSample]) -> Tensor | list[Tensor]:
+    """Rows of ids."""
+    if isinstance(drawn, Tensor):
+        return drawn
+    return [torch.tensor(sample.prompt_ids + sample.answer_ids) for sample in drawn]
 
 
 def _score(model: Any, task: str, drawn: Tensor | list[RulerSample]) -> Row:
@@ -238,18 +248,23 @@ class Text:
     def __init__(self, bed: Path, tokenizer: Any, settings: dict[str, Any]) -> None:
         self.bed, self.tokenizer, self.settings = bed, tokenizer, settings
         self.tests: dict[str, Tensor] = {}
+        self.few = settings["calibration"] // 2
+        self.fit = {task: self._windows(task, "fit", FILES, self.few) for task in TEXT}
 
     def calibration(self) -> Tensor:
         """Ids (N, T), half prose and half code, of the part that is for fitting."""
-        count = self.settings["calibration"] // 2
-        return torch.cat([self._windows(task, "fit", FILES, count) for task in TEXT])
+        return torch.cat([*self.fit.values()])
+
+    def calibration_of(self, task: str, length: int) -> Tensor | list[Tensor]:
+        """Rows of ids of a task, none of which a seed is measured on."""
+        return self.fit[task] if task in TEXT else _ids(self._prompts(task, length, UNUSED, self.few))
 
     def draw(self, task: str, length: int, seed: int) -> Tensor | list[RulerSample]:
         """What a task is measured on, alike for all."""
-        if task in TEXT:
-            return self.test(task, seed)
-        how = {"count": self.settings["samples"], "length": length, "seed": seed, "chat": True}
-        return ruler_samples(TASKS[task], self.tokenizer, **how)
+        return self.test(task, seed) if task in TEXT else self._prompts(task, length, seed, self.settings["samples"])
+
+    def _prompts(self, task: str, length: int, seed: int, count: int) -> list[RulerSample]:
+        return ruler_samples(TASKS[task], self.tokenizer, count=count, length=length, seed=seed, chat=True)
 
     def test(self, task: str, seed: int) -> Tensor:
         """Ids (N, T) of the part that is for testing; other windows for every seed.

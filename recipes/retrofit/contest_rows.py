@@ -36,6 +36,7 @@ class Results:
                 self.rows, self.stamps, before = kept["rows"], kept["stamps"], kept["settings"]
             except (ValueError, KeyError, TypeError) as error:
                 raise SpecError(f"{self.path} holds no contest: {type(error).__name__}: {error}") from error
+            before = {"thresholds": "text"} | before
             other = {name: value for name, value in before.items() if settings.get(name) != value}
             if other:
                 was = ", ".join(f"{name}={value}" for name, value in other.items())

@@ -8,7 +8,7 @@ recency     the first tokens and a window of all the rest of the budget (Streami
 residual, cosine, key_norm, random, static      routers that need no fitting, around the host's own attention
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,14 +130,16 @@ class Contestant:
         """Of the memories of one sequence."""
         return sum(state_bytes(part.init_state(1, dtype=self.model.dtype)) for part in self.parts.values())
 
-    def hold(self, share: float, tokens: int, *, length: int, rows: Tensor, tables: dict[str, Any], of: str) -> None:
+    def hold(
+        self, share: float, tokens: int, *, length: int, rows: Sequence[Tensor], tables: dict[str, Any], of: str
+    ) -> None:
         """Keep to a share of the host's bytes in sequences of so many tokens.
 
         Args:
             share: cache and state / the host's cache.
             tokens: of the sequences to come.
-            length: T of the rows.
-            rows: (N, T) ids, to calibrate the thresholds on.
+            length: of the rows.
+            rows: N sequences of ids (T,), to calibrate the thresholds on.
             tables: of thresholds calibrated before; one more if need be.
             of: what tells these thresholds from those of others of this name.
 
@@ -159,9 +161,8 @@ class Contestant:
         key = f"{self.name} {share:g} {of}"
         if key not in tables:
             set_kv_usage(self.model, share_to_ask(share, length, **how))
-            calibrate(
-                self.model, rows, run=lambda row: self.model(input_ids=row[None], use_cache=False, logits_to_keep=1)
-            )
+            here = [row[None].to(self.model.device) for row in rows]
+            calibrate(self.model, here, run=lambda row: self.model(input_ids=row, use_cache=False, logits_to_keep=1))
             tables[key] = [threshold.table.cpu() for threshold in thresholds_of(self.model)]
         for threshold, table in zip(thresholds_of(self.model), tables[key], strict=True):
             threshold.table.copy_(table)

@@ -211,3 +211,15 @@ def test_tables_and_picture(tmp_path, capsys):
     report(rows, {"host": "tiny", "text": {}}, tmp_path)
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
     assert "| ham" in capsys.readouterr().out
+
+
+def test_prompts_get_thresholds_of_their_own(made, tmp_path):
+    """Prompts are another kind of text: bytes are equal on them only with thresholds that have seen such."""
+    off = {}
+    for thresholds in ("task", "text"):
+        options = dict(tasks=["single"], methods=["key_norm"], thresholds=thresholds, samples=2, calibration=4)
+        [row] = run(made, tmp_path / thresholds, **options)["rows"]
+        off[thresholds] = abs(share_of_bytes(row) - 0.5)
+    assert off["task"] < min(0.05, off["text"]), off
+    with pytest.raises(SpecError, match="thresholds=text"):
+        run(made, tmp_path / "text", tasks=["single"], methods=["key_norm"], samples=2, calibration=4)
