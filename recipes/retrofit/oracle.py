@@ -39,6 +39,6 @@ def _telling(metric: Tensor) -> Callable[..., None]:
         s = part.sizes
         _, q, k, v = args[0].split(s.widths, -1)
         q, k, v = (x.unflatten(-1, (-1, size)) for x, size in ((q, s.head_dim), (k, s.head_dim), (v, s.value_dim)))
-        part.router.worth = worth(q, k, v, metric, scale=s.scale, window=part.window, sinks=part.sinks)
+        part.router.worth = worth(q, k, v, metric, scale=s.scale, window=part.window)
 
     return tell

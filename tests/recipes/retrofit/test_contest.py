@@ -11,10 +11,10 @@ from mixers.state import kv_cache_bytes, kv_stored_bytes, state_bytes
 transformers = pytest.importorskip("transformers")
 
 from mixers.hf import byte_tokenizer  # noqa: E402
+from recipes.retrofit.command import retrofit  # noqa: E402
 from recipes.retrofit.contest import contest  # noqa: E402
 from recipes.retrofit.contest_report import cells, paired, report, share_of_bytes, table  # noqa: E402
 from recipes.retrofit.methods import METHODS, Contestant, Meter, bytes_of, sensitivity_of, share_to_ask  # noqa: E402
-from recipes.retrofit.run import Plan, carry_out  # noqa: E402
 
 T, WINDOW, SINKS = 192, 8, 2
 
@@ -37,11 +37,9 @@ def made(tmp_path_factory):
             (folder / "bed" / part / split).mkdir(parents=True)
             text = " ".join(f"{part} {split} {number * number}" for number in range(200))
             (folder / "bed" / part / split / "one.txt").write_text(text)
-    plan = Plan(
-        model=str(folder / "host"), text=[str(folder / "bed/prose/fit")], seq_len=T, sequences=3, kv_usage=0.25,
-        window=WINDOW, sinks=SINKS, memory=True, hidden=0, distill=0, seed=0,
-    )  # fmt: skip
-    carry_out(plan, folder / "retrofit")
+    text = [str(folder / "bed" / part / "fit") for part in ("prose", "code")]
+    small = dict(seq_len=T, sequences=4, window=WINDOW, sinks=SINKS)
+    retrofit(str(folder / "host"), text, str(folder / "retrofit"), **small)
     return folder
 
 
