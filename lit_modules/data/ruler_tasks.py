@@ -22,6 +22,7 @@ import random
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any, ClassVar, NamedTuple
 
 from mixers.registry import SpecError, check_positive, check_range, unknown
@@ -41,9 +42,10 @@ ADJECTIVES, NOUNS = _ADJECTIVES.split(), _NOUNS.split()
 
 
 class Question(NamedTuple):
-    """What a user asks, how the answer begins, and what follows that, each after a space."""
+    """What a user asks, which ends in the question itself; how the answer begins; what follows that, after spaces."""
 
     text: str
+    asked: str
     prefix: str
     answers: list[str]
 
@@ -77,8 +79,9 @@ class Needle:
         context = "\n".join(sentences)
         return Question(
             "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you "
-            f"about the number afterwards.\n{context}\nWhat is the special magic number for {key} mentioned in the "
-            "provided text?",
+            f"about the number afterwards.\n{context}\n"
+            + (asked := f"What is the special magic number for {key} mentioned in the provided text?"),
+            asked,
             f" The special magic number for {key} mentioned in the provided text is",
             [value],
         )
@@ -137,7 +140,9 @@ class VariableTracking:
         context = " ".join(sentences)
         return Question(
             "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
-            f"{context}\nQuestion: Find all variables that are assigned the value {value} in the text above.",
+            f"{context}\n"
+            + (asked := f"Question: Find all variables that are assigned the value {value} in the text above."),
+            asked,
             " Answer: According to the chain(s) of variable assignment in the text above, "
             f"{count} variables are assgined the value {value}, they are:",  # RULER's spelling
             [f"VAR {name}" if self.declared else name for name in names],
@@ -162,6 +167,8 @@ class RulerSample:
         prompt_ids: tokens of the prompt.
         answer_ids: tokens that continue them, so that both together are the tokens of the whole text.
         answer_sizes: how many of those belong to each of the answers.
+        question_at: index into `prompt_ids` where the question begins that follows the context; a token or so earlier
+            where the tokenizer merges over its beginning.
     """
 
     prompt: str
@@ -169,6 +176,7 @@ class RulerSample:
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
     answer_sizes: tuple[int, ...]
+    question_at: int
 
     @property
     def answer(self) -> str:
@@ -264,6 +272,7 @@ def _tokenized(question: Question, tokenizer: Callable[..., Any], *, chat: bool)
         prompt_ids=tuple(ids[0]),
         answer_ids=tuple(ids[-1][len(ids[0]) :]),
         answer_sizes=tuple(len(longer) - len(shorter) for shorter, longer in zip(ids, ids[1:], strict=False)),
+        question_at=len(commonprefix([ids[0], encode(prompt[: prompt.rindex(question.asked)])])),
     )
 
 

@@ -22,7 +22,8 @@ from mixers.registry import SpecError, check_positive, unknown
 from mixers.threshold import check_usage
 from recipes.retrofit.contest_report import report as write_report
 from recipes.retrofit.contest_rows import Results, Row
-from recipes.retrofit.methods import METHODS, Contestant, Meter, bytes_of, sensitivity_of
+from recipes.retrofit.methods import METHODS, Contestant, bytes_of, sensitivity_of
+from recipes.retrofit.presses import PRESSES, Pressed, those_there
 from recipes.retrofit.run import open_host
 from recipes.retrofit.scoring import perplexity, recall, windows
 
@@ -91,7 +92,8 @@ def contest(
         calibration: windows that thresholds are calibrated on, half prose and half code.
         thresholds: `task` calibrates them for each task on others of its kind (half of `calibration`), so that bytes
             are equal on it; `text` on prose and code for all tasks, and what is then held of prompts is what it is.
-        methods: which; default all, see `recipes.retrofit.methods`.
+        methods: which; default all, see `recipes.retrofit.methods`. Those of kvpress are left out where it is not
+            installed, and have recall alone: they compress a context that was read to its end.
         tasks: which of prose, code, single, multikey, tracking, niah_multikey_2, variable_tracking; default all.
         seeds: which of those that there are folders for; default all.
         fitted: more retrofitted folders by a name of yours and seed, such as {"key_norm+memory": {0: FOLDER}}.
@@ -109,7 +111,7 @@ def contest(
     if calibration < 2:
         raise SpecError(f"calibration {calibration}: at least 2, a window of prose and one of code")
     folders = {"ham": retrofits if isinstance(retrofits, dict) else dict(enumerate(retrofits)), **(fitted or {})}
-    known = [*METHODS, *(fitted or {})]
+    known = [*METHODS, *PRESSES, *(fitted or {})]
     methods, tasks = _some("method", methods, known), _some("task", tasks, [*TEXT, *TASKS])
     seeds = sorted(folders["ham"]) if seeds is None else seeds
     digests = _check_folders(host, folders, methods, seeds)
@@ -119,6 +121,7 @@ def contest(
     settings |= {"thresholds": thresholds, "window": window, "sinks": sinks}
     results = Results(Path(out), settings, digests)
     if not report:
+        methods = those_there(methods)
         jobs = list(_jobs(seeds, methods, usages, [t for t in tasks if t in TEXT], tasks, seq_len, lengths))
         _measure(results, jobs, Field(host, folders, Path(bed), settings))
     write_report(results.rows, settings, Path(out))
@@ -136,7 +139,7 @@ def _jobs(seeds, methods, usages, texts, tasks, seq_len: int, lengths: list[int]
         for usage in usages:
             for what in (read, find):
                 for name in others:
-                    if what is read or name not in BLIND:
+                    if name not in (PRESSES if what is read else BLIND):
                         yield Job(seed, name, usage, what)
         for usage in usages:
             if "ham" in methods:
@@ -190,7 +193,8 @@ class Field:
         """The model of a job. Raises SpecError if a token takes other bytes than in the host."""
         folder = self.folders.get(_whose(job.method), {}).get(job.seed)
         how = {name: self.settings[name] for name in ("window", "sinks")}
-        one = Contestant(job.method, self.host, folder, seed=job.seed, metrics=self.metrics, **how)
+        kind = Pressed if job.method in PRESSES else Contestant
+        one = kind(job.method, self.host, folder, seed=job.seed, metrics=self.metrics, **how)
         if one.bytes_per_token != self.bytes_of_host:
             what = f"{one.bytes_per_token} bytes a token, in the host {self.bytes_of_host}"
             raise SpecError(
@@ -208,11 +212,11 @@ class Field:
         lengths = [round(mean(map(len, some))) for some in (_ids(drawn), rows)]  # prompts come close to what is asked
         try:
             one.hold(job.usage, lengths[0], length=lengths[1], rows=rows, tables=results.tables, of=of)
+            results.save_tables()
+            with one.meter() as meter:
+                found = _score(one, task, drawn)
         except SpecError as error:
             return {"value": None, "left_out": str(error)}
-        results.save_tables()
-        with Meter(one) as meter:
-            found = _score(one.model, task, drawn)
         host = self.bytes_of_host * mean(meter.tokens)
         found |= {"bytes_cache": mean(meter.kept), "bytes_pages": mean(meter.pages), "bytes_state": one.state_bytes}
         found |= {"bytes_host": host, "usage_held": mean(meter.kept) / host}
@@ -226,11 +230,11 @@ def _ids(drawn: Tensor | list[RulerSample]) -> Tensor | list[Tensor]:
     return [torch.tensor(sample.prompt_ids + sample.answer_ids) for sample in drawn]
 
 
-def _score(model: Any, task: str, drawn: Tensor | list[RulerSample]) -> Row:
+def _score(one: Contestant, task: str, drawn: Tensor | list[RulerSample]) -> Row:
     if task in TEXT:
-        score = perplexity(model, drawn)
+        score = perplexity(one.model, drawn)
         return {"value": score.perplexity, "measure": "perplexity", "per_sequence": score.per_sequence.tolist()}
-    found = recall(model, drawn)
+    found = recall(one.model, drawn, read=one.read)
     several = isinstance(TASKS[task], VariableTracking)
     value, measure = (found.answers, "share of the answers") if several else (found.exact, "exact")
     return {"value": value, "measure": measure, "per_sample": [int(one) for one in found.per_sample]}

@@ -160,10 +160,11 @@ def draw(rows: list[Row], path: Path) -> None:
     """Perplexity of prose and of code, and recall, against all bytes; a line for each method, at most MOST."""
     from matplotlib.figure import Figure
 
-    panels = [task for task in TEXT if any(row["task"] == task for row in rows)]
-    recalled = tuple(task for task in FOUND if any(row["task"] == task for row in rows))
+    compared = {row["task"] for row in rows if row["method"] != "host"}
+    panels = [task for task in TEXT if task in compared]
+    recalled = tuple(task for task in FOUND if task in compared)
     panels += ["recall"] if recalled else []
-    if not usages_of(rows):
+    if not panels:
         return
     there = [method for method in dict.fromkeys([*SHOWN, *_methods(rows)]) if any(r["method"] == method for r in rows)]
     shown = there[:MOST]

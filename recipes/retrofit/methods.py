@@ -6,6 +6,7 @@ demand      the same without the memory, whose bytes go to the cache: what the m
 oracle      chooses by what tokens will turn out to be worth: the ceiling of a forecast, no method
 recency     the first tokens and a window of all the rest of the budget (StreamingLLM, arXiv 2309.17453)
 residual, cosine, key_norm, random, static      routers that need no fitting, around the host's own attention
+snapkv, expected_attention, keydiff, adakv      methods of kvpress, see `recipes.retrofit.presses`
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.paged_attention.cache import PAGE
+from lit_modules.data.ruler_tasks import RulerSample
 from mixers import calibrate, set_kv_usage
 from mixers.registry import SpecError
 from mixers.retrofit import attach, parts_of
@@ -93,6 +95,8 @@ class Contestant:
         metrics: of the oracle: makes what `Sensitivity.metric` gives, of a model.
     """
 
+    read: Callable[[RulerSample], Tensor] | None = None  # of prompts, see `recall`
+
     def __init__(
         self,
         name: str,
@@ -116,6 +120,10 @@ class Contestant:
         for part in self.parts.values():
             if not self.method.keeps_memory:
                 part.adds_memory, part.memory = False, part.memory if part.looks_at_errors else None
+
+    def meter(self) -> "Meter":
+        """Weighs what it reads."""
+        return Meter(self)
 
     @property
     def bytes_per_token(self) -> int:

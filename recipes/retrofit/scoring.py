@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,7 +115,13 @@ def perplexity(model: nn.Module, sequences: Tensor | Sequence[Tensor], *, progre
 
 
 @torch.no_grad()
-def recall(model: nn.Module, samples: Sequence[RulerSample], *, progress: bool = True) -> RecallScore:
+def recall(
+    model: nn.Module,
+    samples: Sequence[RulerSample],
+    *,
+    progress: bool = True,
+    read: Callable[[RulerSample], Tensor] | None = None,
+) -> RecallScore:
     """Scores what a model finds in one pass over each prompt with its answer, which tells what it would generate.
 
     Why it does: see :mod:`lit_modules.data.ruler_tasks`. That holds for a model whose output at a position does not
@@ -124,25 +131,29 @@ def recall(model: nn.Module, samples: Sequence[RulerSample], *, progress: bool =
         model: a causal model of transformers in any dtype; its mode (train, eval) is restored.
         samples: from `ruler_samples`.
         progress: show a bar.
+        read: gives the logits (A, V) that predict a sample's A answer tokens, where not one pass of the model does.
 
     Raises:
         SpecError: no sample.
     """
     _some(samples)
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    read = read or partial(_in_one_pass, model)
     exact, shares = [], []
     with _evaluating(model), tqdm(samples, desc="recall", disable=not progress, leave=False) as bar:
         for sample in bar:
-            ids = torch.tensor([sample.prompt_ids + sample.answer_ids], device=model.device)
-            count = len(sample.answer_ids)
-            keep = {"logits_to_keep": count + 1} if keeps else {}
-            logits = model(input_ids=ids, use_cache=False, **keep).logits[0, -count - 1 : -1]
-            right = logits.argmax(-1) == ids[0, -count:]
+            right = read(sample).argmax(-1).cpu() == torch.tensor(sample.answer_ids)
             found = [bool(part.all()) for part in right.split(sample.answer_sizes)]
             exact.append(all(found))
             shares.append(sum(found) / len(found))
             bar.set_postfix_str(f"{sum(exact) / len(exact):.2f}")
     return RecallScore(sum(exact) / len(exact), sum(shares) / len(shares), torch.tensor(exact))
+
+
+def _in_one_pass(model: nn.Module, sample: RulerSample) -> Tensor:
+    ids = torch.tensor([sample.prompt_ids + sample.answer_ids], device=model.device)
+    count = len(sample.answer_ids)
+    keep = {"logits_to_keep": count + 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    return model(input_ids=ids, use_cache=False, **keep).logits[0, -count - 1 : -1]
 
 
 @torch.no_grad()

@@ -88,6 +88,26 @@ def test_needles_lie_anywhere():
     assert min(depths) < 0.25 and max(depths) > 0.7
 
 
+def newlines_merge(text: str) -> list[int]:
+    """A tokenizer that merges a line's end with what comes after."""
+    return [hash(part) for part in re.findall(r"\n+\w?|.", text)]
+
+
+@pytest.mark.parametrize("task", [*TASKS.values(), Needle(others=3), VariableTracking(declared=True)])
+def test_the_question_begins_after_the_context(task):
+    """The last one: an instruction goes before the context, and an example with a question of its own."""
+    chat = byte_tokenizer()
+    chat.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    for tokenizer in (bytes_of, chat, newlines_merge):
+        sample = ruler_sample(task, tokenizer, length=2000, chat=tokenizer is chat)
+        begin = "What is the" if isinstance(task, Needle) else "Question: Find all"
+        at = sample.prompt.rindex(begin)
+        if tokenizer is newlines_merge:
+            at = len(sample.prompt[:at].rstrip("\n"))
+        ids = tokenizer(sample.prompt[at:])
+        assert list(sample.prompt_ids[sample.question_at :]) == (ids["input_ids"] if tokenizer is chat else ids)
+
+
 def test_the_chat_template_holds_the_question_and_the_answer_begins_after_it():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"

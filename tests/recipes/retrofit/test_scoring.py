@@ -27,7 +27,7 @@ def model():
 
 def sample_of(prompt: list[int], *answers: list[int]) -> RulerSample:
     ids = [token for answer in answers for token in answer]
-    return RulerSample("", ("x",) * len(answers), tuple(prompt), tuple(ids), tuple(map(len, answers)))
+    return RulerSample("", ("x",) * len(answers), tuple(prompt), tuple(ids), tuple(map(len, answers)), 0)
 
 
 @pytest.mark.parametrize("length", [8, 300])  # 300: more than is scored at a time
