@@ -15,7 +15,7 @@ Cells = dict[tuple[str, float], dict[int, float]]
 
 TEXT = ("prose", "code")
 FOUND = ("single", "multikey", "tracking")  # what recall is the mean of
-SHOWN = ("host", "ham", "demand", "oracle", "recency", "key_norm", "residual", "random", "cosine", "static")
+SHOWN = ("host", "ham", "demand", "oracle", "recency", "key_norm", "keydiff", "residual", "random", "cosine", "static")
 """Which lines are drawn first, as there is room for MOST."""
 
 
