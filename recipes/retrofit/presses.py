@@ -130,8 +130,8 @@ class Pressed(Contestant):
         after = ids.shape[1] - start
         keep = round(self.share * ids.shape[1]) - after
         if keep < self.least:
-            what = f"question and answer ({after} tokens) leave {keep} of {self.share:g} of {ids.shape[1]} tokens"
-            raise SpecError(f"{what} to {self.name}, which keeps {self.least} at least")
+            what = f"question and answer ({after} tokens) and the {self.least} that {self.name} keeps of a context"
+            raise SpecError(f"{what} alone exceed {self.share:g} of {ids.shape[1]} tokens")
         self.press.compression_ratio = max(0.0, 1 - (keep + 0.5) / start)  # it rounds down what is kept
         cache = DynamicCache(config=self.model.config)
         with self.press(self.model):  # which looks at `cache_position`, of earlier versions of transformers
