@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from mixers.retrofit.parts import HostedPart, parts_of
 from mixers.retrofit.watch import watched
@@ -63,14 +64,17 @@ class Forecast:
             x, y = x[keep[:most].to(x.device)], y[keep[:most].to(x.device)]
         self.examples[name].append((x.half().cpu(), y.cpu()))
 
-    def solve(self) -> dict[str, float]:
+    def solve(self, progress: bool = False) -> dict[str, float]:
         """Write the forecasts into the routers.
+
+        Args:
+            progress: show a bar.
 
         Returns:
             What share of the variance they explain of their examples, by part.
         """
         explained = {}
-        for name, part in self.parts.items():
+        for name, part in tqdm(self.parts.items(), desc="solving", disable=not progress):
             device = part.head_bias.device
             x, y = (torch.cat(parts).float().to(device) for parts in zip(*self.examples[name], strict=True))
             y = torch.logaddexp(2 * y, torch.full_like(y, 2 * self.floor)) / 2

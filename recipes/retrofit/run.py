@@ -115,7 +115,7 @@ def carry_out(plan: Plan, out: Path) -> None:
     _work("sensitivity", sensitivity, ids[:SENSITIVITY], progress)
     forecast = Forecast(model, sensitivity.metric, reads=len(ids), seed=plan.seed)
     _work("forecast", forecast, ids, progress)
-    explained = forecast.solve()
+    explained = forecast.solve(progress=True)
     set_kv_usage(model, 0.25 if plan.kv_usage in (0, 1) else plan.kv_usage)
     _calibrate(model, plain)
     errors: dict[str, float] = {}
