@@ -232,11 +232,7 @@ class HostedHAM(Mixer):
     def mix(self, x: Tensor, state: HostedState | None, layout: Layout) -> MixerOutput:
         s = self.sizes
         h, q, k, v = x.split(s.widths, -1)
-        q, k, v = (
-            q.unflatten(-1, (-1, s.head_dim)),
-            k.unflatten(-1, (-1, s.head_dim)),
-            v.unflatten(-1, (-1, s.value_dim)),
-        )
+        q, k, v = (y.unflatten(-1, (-1, dim)) for y, dim in ((q, s.head_dim), (k, s.head_dim), (v, s.value_dim)))
         positions = layout.positions_after(None if state is None else state.length)
 
         # a router that looks at predictions is asked after the memory, any other before

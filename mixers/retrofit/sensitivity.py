@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixers.registry import SpecError
+from mixers.retrofit.hosted import OUTPUTS
 from mixers.retrofit.parts import parts_of
 from mixers.retrofit.watch import watched
 
@@ -16,10 +18,18 @@ class Sensitivity:
 
     Args:
         model: retrofitted.
+
+    Raises:
+        SpecError: an output projection is not known.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.parts = model, parts_of(model)
+        for name, part in self.parts.items():
+            if part.output_weight() is None:
+                raise SpecError(
+                    f"{name} has no output projection that is known: it must be one of {', '.join(OUTPUTS)}"
+                )
         self.sums: dict[str, Tensor] = {}
         self.tokens = self.count = 0
         self.random = torch.Generator(next(model.parameters()).device)

@@ -231,3 +231,12 @@ def test_distillation_moves_the_memories_alone_and_puts_usage_and_gradients_back
 def test_there_is_nothing_to_distil_without_memories():
     with pytest.raises(SpecError, match="no memories"):
         Distillation(retrofitted(memory=False), steps=1)
+
+
+def test_a_host_whose_output_projection_is_unknown_is_refused_by_its_name():
+    model = retrofitted()
+    attention = model.model.layers[1].self_attn
+    attention.somewhere = attention.o_proj
+    del attention.o_proj
+    with pytest.raises(SpecError, match=r"model.layers.1.self_attn has no output projection that is known"):
+        Sensitivity(model)
