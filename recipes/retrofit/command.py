@@ -17,12 +17,12 @@ def retrofit(
     sinks: int = 4,
     memory: bool = True,
     hidden: int = 128,
-    distill: int = 0,
+    distill: int = 64,
     seed: int = 0,
 ) -> None:
     """Puts HAM around the attention of a pretrained model and fits it, so that any KV usage can be set afterwards.
 
-    The model's own weights stay as they are (but for --distill). What was done is kept in `<out>.part`: the same
+    The model's own weights stay as they are. What was done is kept in `<out>.progress`: the same
     command goes on where it was stopped. The result opens, after `import mixers.hf`, with
     `AutoModelForCausalLM.from_pretrained(out)`, and in generate, sweep, calibrate and lm_eval.
 
@@ -38,7 +38,7 @@ def retrofit(
         sinks: the first tokens, always seen.
         memory: also fit a recurrent memory of what is not stored.
         hidden: width of the MLP beside the linear forecast of demand; 0 is none.
-        distill: steps of training the parts end to end on the model's own logits; 0 is none.
+        distill: steps of training the memories, if there are any, end to end on the model's own predictions.
         seed: of the choice of text, and of the usages drawn.
 
     Raises:
@@ -58,6 +58,6 @@ def retrofit(
         )
     plan = Plan(
         model=model, text=text, seq_len=seq_len, sequences=sequences, repeat=repeat, kv_usage=kv_usage, window=window,
-        sinks=sinks, memory=memory, hidden=hidden, distill=distill, seed=seed,
+        sinks=sinks, memory=memory, hidden=hidden, distill=distill if memory else 0, seed=seed,
     )  # fmt: skip
     carry_out(plan, Path(out))

@@ -40,7 +40,7 @@ COSTS = {
     "thresholds": 2.0,
     "read-out": 2.5,
     "memory": 3.5,
-    "distill": 8.0,
+    "distill": 5.0,
 }
 """In forward passes of the host."""
 

@@ -34,7 +34,7 @@ def host(tmp_path_factory):
 
 def words(host, out, **options):
     given = {"model": host / "host", "text": f"[{host}/one.txt,{host}/two.txt]", "out": out}
-    given |= dict(seq_len=96, sequences=8, window=8, sinks=2, hidden=4) | options
+    given |= dict(seq_len=96, sequences=8, window=8, sinks=2, hidden=4, distill=3) | options
     return ["retrofit", *(word for key, value in given.items() for word in (f"--{key}", str(value)))]
 
 
@@ -46,7 +46,7 @@ def opened(folder):
 
 def test_a_retrofit_is_a_folder_that_keeps_the_host_and_takes_any_usage(host, tmp_path, capsys):
     out = tmp_path / "ham"
-    assert main(words(host, out, distill=2)) == 0
+    assert main(words(host, out)) == 0
     said = capsys.readouterr().out
     assert "8 sequences of 96 tokens: about" in said and "GiB" in said and f"written to {out}" in said
     model, before = opened(out), opened(host / "host")
@@ -67,7 +67,7 @@ class Killed(BaseException):
     """As a signal: nothing catches it."""
 
 
-@pytest.mark.parametrize("reads", [3, 10, 19, 27])
+@pytest.mark.parametrize("reads", [3, 10, 19, 27, 34])
 def test_a_killed_retrofit_goes_on_where_it_was(host, tmp_path, monkeypatch, reads):
     """Killed in each of its phases: 8 reads of the first, 8 of the second, ..."""
     monkeypatch.setattr(run, "SAVE_EVERY", 0)
@@ -85,7 +85,7 @@ def test_a_killed_retrofit_goes_on_where_it_was(host, tmp_path, monkeypatch, rea
 
         return counted
 
-    stages = (run.Sensitivity, run.Forecast, run.ReadOut, run.MemoryFit)
+    stages = (run.Sensitivity, run.Forecast, run.ReadOut, run.MemoryFit, run.Distillation)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert main(words(host, whole)) == 0
     with monkeypatch.context() as patch:
