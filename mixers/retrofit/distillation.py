@@ -4,8 +4,8 @@
 
 Each memory was fitted to its own layer; here they learn what matters in the end, and to make up for each other. What is
 stored has no gradient, and the host's weights stay as they are: its predictions are those of the same model while its
-parts are only watched. (SmolLM2, 48 steps of 1,024 tokens, one seed: what usage .25 costs in perplexity fell from 1.8 to
-.7 % on prose and from 3.5 to 2.1 % on code; at .125 from 4.7 to 2.2 and from 13.0 to 10.2 %.)
+parts are only watched. (A lead, SmolLM2, 48 steps of 1,024 tokens, one seed: what usage .25 costs in perplexity fell
+from 1.8 to .7 % on prose and from 3.5 to 2.1 % on code; at .125 from 4.7 to 2.2 and from 13.0 to 10.2 %.)
 """
 
 import math
