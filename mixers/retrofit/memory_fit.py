@@ -8,6 +8,7 @@ sequence: no layer waits for another, and one fit serves every budget. (In layer
 most of what gradient descent does, in a tenth of the time.)
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -140,7 +141,8 @@ class MemoryFit(Drawn):
     def state_dict(self) -> dict[str, Any]:
         """What is known so far."""
         return {
-            "memories": {name: part.memory.state_dict() for name, part in self.parts.items()},
+            # copies: what is trained further must not change what this fit came to
+            "memories": {name: copy.deepcopy(part.memory.state_dict()) for name, part in self.parts.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "random": self.random.get_state(),
             "errors": self.errors,
