@@ -140,6 +140,28 @@ def read_texts(files: list[Path], *, max_bytes: int, text_field: str = "text") -
     return [texts[key] for key in sorted(texts)]
 
 
+def read_documents(files: list[Path], *, text_field: str = "text") -> list[str]:
+    """All documents in ``files``, in their order, but binary ones, which get a line each on stderr.
+
+    Args:
+        files: of text, or ``.jsonl``.
+        text_field: what holds the document in a line of a ``.jsonl`` file.
+
+    Raises:
+        SpecError: a file that cannot be read, or a line of a ``.jsonl`` file without text in that field.
+    """
+    problems: dict[Path, str] = {}
+    found: list[str] = []
+    for file in files:
+        try:
+            texts = _documents(file, text_field, max_bytes=file.stat().st_size, problems=problems)
+            found += [text.decode(errors="replace").replace("\r\n", "\n") for text in texts]
+        except OSError as error:
+            raise SpecError(f"data path '{file}' cannot be read as text: {error.strerror or error}") from error
+    _report_skipped(problems)
+    return found
+
+
 def _documents(file: Path, text_field: str, *, max_bytes: int, problems: dict[Path, str]) -> Iterator[bytes]:
     with file.open("rb") as content:
         if file.suffix.lower() in LINES:

@@ -49,6 +49,14 @@ def retrofit(
 
     check_positive(seq_len=seq_len, sequences=sequences)
     check_range(0, 1.0001, repeat=repeat)
+    check_range(0, distill=distill)
+    if not text or sequences < len(text):
+        raise SpecError(f"{sequences} sequences of {len(text)} texts: name a text, and a sequence of each at least")
+    if seq_len <= sinks + 3 * window:
+        raise SpecError(
+            f"seq_len {seq_len} is too short to learn what is asked for beyond the window: it must exceed sinks and "
+            f"three windows, {sinks + 3 * window} tokens"
+        )
     if Path(out).exists():
         raise SpecError(f"{out} exists already: name another folder to write, or remove it")
     always = min(window + sinks, seq_len) / seq_len

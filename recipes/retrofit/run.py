@@ -11,6 +11,7 @@ thresholds    calibrated anew
 
 import resource
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_modules.data.files import find_files
+from lit_modules.data.files import find_files, read_documents
 from mixers import calibrate, set_kv_usage
 from mixers.registry import SpecError
 from mixers.retrofit import attach, parts_of
+from mixers.retrofit.attaching import DROPOUTS
 from mixers.retrofit.distillation import Distillation
 from mixers.retrofit.forecast import Forecast
 from mixers.retrofit.memory_fit import MemoryFit, ReadOut
@@ -71,28 +73,35 @@ class Progress:
         plan: to which it belongs.
 
     Raises:
-        SpecError: the folder is of another plan.
+        SpecError: the folder is of another plan, or what is in it cannot be read.
     """
 
     def __init__(self, folder: Path, plan: Plan) -> None:
-        self.file, self.state = folder / "progress.pt", {"plan": asdict(plan), "done": {}}
+        self.file, self.state = folder / "progress.pt", {"plan": asdict(plan), "seconds": 0.0, "peak_gib": 0.0}
         self.saved = time.monotonic()
         if self.file.exists():
-            state = torch.load(self.file, weights_only=True)
-            other = {k: v for k, v in state["plan"].items() if v != asdict(plan)[k]}
+            try:
+                state = torch.load(self.file, weights_only=True)
+                before = state["plan"]
+            except Exception as error:  # torch, zip and pickle have many for what is cut off or is another file
+                what = one_line(str(error)) or type(error).__name__
+                raise SpecError(f"{self.file} cannot be read ({what}): remove {folder} to begin anew") from error
+            other = {k: before.get(k) for k in before | asdict(plan) if before.get(k) != asdict(plan).get(k)}
             if other:
                 was = ", ".join(f"{name}={value}" for name, value in other.items())
                 raise SpecError(f"{folder} is of another retrofit ({was}): remove it, or name another folder to write")
-            self.state = state
+            self.state |= state
+        self.before, self.started = self.state["seconds"], self.saved
 
     def __getitem__(self, key: str) -> Any:
         return self.state.get(key)
 
     def save(self, force: bool = False, **state: Any) -> None:
         """Keep this too; on disk every two minutes, or at once."""
-        self.state |= state
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        seconds = self.before + time.monotonic() - self.started
+        self.state |= state | {"seconds": seconds, "peak_gib": max(peak, self.state["peak_gib"])}
         if force or time.monotonic() - self.saved > SAVE_EVERY:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
             with written_whole(self.file) as part:
                 torch.save(self.state, part)
             self.saved = time.monotonic()
@@ -102,15 +111,21 @@ def carry_out(plan: Plan, out: Path) -> None:
     """Do what is planned and write `out`, whole or not at all."""
     progress = Progress(out.with_name(f"{out.name}.progress"), plan)
     model, tokenizer = open_host(plan.model)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest and plan.seq_len > longest:
+        raise SpecError(f"seq_len {plan.seq_len} is more than {plan.model} was made for: {longest} tokens")
     router = {"name": "demand", "error": False, "hidden": plan.hidden}
     report = attach(model, router=router, window=plan.window, sinks=plan.sinks, memory=plan.memory)
     print(report)
+    dtypes = {p: p.dtype for p in model.parameters()}
+    for p in dtypes:  # steps of a fit are too small for half precision; float16 even overflows
+        p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
     ids = read_text(plan, tokenizer)
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(plan.seed))].to(model.device)
     plain = ids[:CALIBRATION].clone()
     ids = _repeated(ids, plan.repeat)
+    progress.save(force=True)  # that nothing can be written is told before the work
     _estimate(model, ids, plan)
-    started = time.monotonic()
     sensitivity = Sensitivity(model)
     _work("sensitivity", sensitivity, ids[:SENSITIVITY], progress)
     forecast = Forecast(model, sensitivity.metric, reads=len(ids), seed=plan.seed)
@@ -126,23 +141,27 @@ def carry_out(plan: Plan, out: Path) -> None:
         memory = MemoryFit(model, sensitivity.metric, steps=len(ids), seed=plan.seed + 1)
         _work("memory", memory, ids, progress)
         errors = {name: float(error) for name, error in memory.errors.items()}
-        _calibrate(model, plain)
     if plan.distill:
+        _calibrate(model, plain)
         distillation = Distillation(model, steps=plan.distill, seed=plan.seed)
         times = -(-plan.distill // len(ids))
         _work("distill", distillation, ids.repeat(times, 1)[: plan.distill], progress)
         errors |= {f"KL at usage {usage}": float(error) for usage, error in distillation.errors.items()}
-        _calibrate(model, plain)
+    for p, dtype in dtypes.items():
+        p.data = p.data.to(dtype)
+    _calibrate(model, plain)
     set_kv_usage(model, plan.kv_usage)
+    progress.save()
     with written_whole(out) as part:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        facts = {"explained": explained, "error_left": errors, "minutes": (time.monotonic() - started) / 60}
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        write_json(part / "retrofit.json", {"plan": asdict(plan), "peak_gib": peak, **facts, "stamp": stamp()})
+        minutes, peak = progress["seconds"] / 60, progress["peak_gib"]
+        facts = {"minutes": minutes, "peak_gib": peak, "explained": explained, "error_left": errors}
+        write_json(part / "retrofit.json", {"plan": asdict(plan), **facts, "stamp": stamp()})
     progress.file.unlink(missing_ok=True)
-    progress.file.parent.rmdir()
-    print(f"written to {out}: {facts['minutes']:.0f} minutes, {peak:.1f} GiB at most")
+    with suppress(OSError):  # something else lies there
+        progress.file.parent.rmdir()
+    print(f"written to {out}: {minutes:.0f} minutes, {peak:.1f} GiB at most")
 
 
 def open_host(name: str) -> tuple[Any, Any]:
@@ -151,13 +170,17 @@ def open_host(name: str) -> tuple[Any, Any]:
     Raises:
         SpecError: it is neither.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+        config = AutoConfig.from_pretrained(name)
+        off = {key: 0.0 for key in DROPOUTS if getattr(config, key, 0)}
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **off).eval()
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise SpecError(f"{name} is no causal language model that can be opened: {one_line(str(error))}") from error
+    if off:
+        print(f"{name} had {', '.join(off)}: set to 0, HAM has no dropout of attention weights")
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
@@ -170,7 +193,7 @@ def read_text(plan: Plan, tokenizer: Any) -> Tensor:
     shares = [len(part) for part in torch.arange(plan.sequences).tensor_split(len(plan.text))]
     found = []
     for text, count in zip(plan.text, shares, strict=True):
-        texts = [path.read_text(errors="replace") for path in find_files([text])]
+        texts = read_documents(find_files([text]))
         found.append(windows(texts, tokenizer, length=plan.seq_len, count=count))
     return torch.cat(found)
 
