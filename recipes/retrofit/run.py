@@ -34,7 +34,7 @@ from recipes.results import stamp, write_json, written_whole
 from recipes.retrofit.scoring import windows
 
 SENSITIVITY = 8  # sequences
-CALIBRATION = 4
+CALIBRATION = 8
 SAVE_EVERY = 120  # seconds
 COSTS = {
     "sensitivity": 6.0,
