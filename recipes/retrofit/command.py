@@ -7,7 +7,7 @@ from mixers.registry import SpecError, check_positive, check_range
 
 def retrofit(
     model: str,
-    text: list[str],
+    text: list[str] | str,
     out: str,
     seq_len: int = 2048,
     sequences: int = 48,
@@ -28,7 +28,7 @@ def retrofit(
 
     Args:
         model: folder, or a name that transformers knows, of a causal language model.
-        text: files or folders of text to fit on; better several kinds than one.
+        text: file or folder of text to fit on, or a list of such; better several kinds than one.
         out: folder to write.
         seq_len: tokens of a sequence; usages are exact at this length.
         sequences: how many are read.
@@ -47,6 +47,7 @@ def retrofit(
     """
     from recipes.retrofit.run import Plan, carry_out
 
+    text = [text] if isinstance(text, str) else text
     check_positive(seq_len=seq_len, sequences=sequences)
     check_range(0, 1.0001, repeat=repeat)
     check_range(0, distill=distill)

@@ -67,8 +67,7 @@ class Killed(BaseException):
     """As a signal: nothing catches it."""
 
 
-@pytest.mark.parametrize("every", [0, 1000])
-@pytest.mark.parametrize("reads", [3, 10, 19, 27, 34])
+@pytest.mark.parametrize(("reads", "every"), [(3, 0), (10, 1000), (19, 0), (27, 1000), (34, 0), (34, 1000)])
 def test_a_killed_retrofit_goes_on_where_it_was(host, tmp_path, monkeypatch, reads, every):
     """Killed in each of its phases, right after progress was kept or long after: 8 reads of the first, 8 of ..."""
     monkeypatch.setattr(run, "SAVE_EVERY", every)
@@ -99,7 +98,7 @@ def test_a_killed_retrofit_goes_on_where_it_was(host, tmp_path, monkeypatch, rea
     assert main(words(host, resumed)) == 0
     a, b = opened(whole).state_dict(), opened(resumed).state_dict()
     for name, value in a.items():
-        torch.testing.assert_close(value, b[name], rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(value, b[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 MISTAKES = {
@@ -114,6 +113,7 @@ MISTAKES = {
     "nothing to read": (dict(text="[]"), "8 sequences of 0 texts"),
     "fewer than texts": (dict(sequences=1), "1 sequences of 2 texts"),
     "window too long": (dict(window=40, kv_usage=0.5), "seq_len 96 is too short"),
+    "one text, no brackets": (dict(text="nowhere.txt"), "data path 'nowhere.txt' cannot be read"),
     "positions": (dict(seq_len=10_000), "was made for: 8192 tokens"),
 }
 
