@@ -5,8 +5,6 @@ import json
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-
 import mixers.hf  # noqa: F401
 from mixers import set_kv_usage
 from mixers.hf import byte_tokenizer

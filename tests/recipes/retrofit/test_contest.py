@@ -4,17 +4,15 @@ import json
 
 import pytest
 import torch
+import transformers
 
+from mixers.hf import byte_tokenizer
 from mixers.registry import SpecError
 from mixers.state import kv_cache_bytes, kv_stored_bytes, state_bytes
-
-transformers = pytest.importorskip("transformers")
-
-from mixers.hf import byte_tokenizer  # noqa: E402
-from recipes.retrofit.command import retrofit  # noqa: E402
-from recipes.retrofit.contest import contest  # noqa: E402
-from recipes.retrofit.contest_report import cells, paired, report, share_of_bytes, table  # noqa: E402
-from recipes.retrofit.methods import METHODS, Contestant, Meter, bytes_of, sensitivity_of, share_to_ask  # noqa: E402
+from recipes.retrofit.command import retrofit
+from recipes.retrofit.contest import contest
+from recipes.retrofit.contest_report import cells, paired, report, share_of_bytes, table
+from recipes.retrofit.methods import METHODS, Contestant, Meter, bytes_of, sensitivity_of, share_to_ask
 
 T, WINDOW, SINKS = 192, 8, 2
 

@@ -7,17 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
 from lit_modules.data.ruler_tasks import Needle, RulerSample, ruler_samples
+from mixers.hf import byte_tokenizer
 from mixers.registry import SpecError
-
-transformers = pytest.importorskip("transformers")
-
-from mixers.hf import byte_tokenizer  # noqa: E402
-from recipes.retrofit import presses  # noqa: E402
-from recipes.retrofit.contest import contest  # noqa: E402
-from recipes.retrofit.presses import PRESSES, Pressed, make_press  # noqa: E402
-from recipes.retrofit.scoring import recall  # noqa: E402
+from recipes.retrofit import presses
+from recipes.retrofit.contest import contest
+from recipes.retrofit.presses import PRESSES, Pressed, make_press
+from recipes.retrofit.scoring import recall
 
 LENGTH, WINDOW, SINKS = 560, 8, 2
 SIZES = dict(vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)

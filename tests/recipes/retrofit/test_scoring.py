@@ -4,13 +4,12 @@ import math
 
 import pytest
 import torch
+import transformers
 
 from lit_modules.data.ruler_tasks import RulerSample, ruler_samples
 from mixers.hf import byte_tokenizer
 from mixers.registry import SpecError
 from recipes.retrofit.scoring import generated_recall, perplexity, recall, windows
-
-transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")
