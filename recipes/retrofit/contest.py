@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_modules.data.files import find_files
+from lit_modules.data.files import find_files, read_documents
 from lit_modules.data.ruler_tasks import Needle, RulerSample, Task, VariableTracking, ruler_samples
 from mixers.registry import SpecError, check_positive, unknown
 from mixers.threshold import check_usage
@@ -288,8 +288,7 @@ class Text:
     def _windows(self, task: str, part: str, files: int | None = None, count: int | None = None) -> Tensor:
         paths = sorted(find_files(str(self.bed / task / part)))
         paths = paths[:: max(1, len(paths) // files)] if files else paths
-        texts = [path.read_text(errors="replace") for path in paths]
-        return windows(texts, self.tokenizer, length=self.settings["seq_len"], count=count)
+        return windows(read_documents(paths), self.tokenizer, length=self.settings["seq_len"], count=count)
 
 
 def _whose(method: str) -> str:

@@ -27,7 +27,7 @@ from mixers.registry import SpecError
 from mixers.retrofit import attach, parts_of
 from mixers.retrofit.attaching import DROPOUTS
 from mixers.retrofit.distillation import Distillation
-from mixers.retrofit.forecast import Forecast
+from mixers.retrofit.forecast import KEPT, Forecast
 from mixers.retrofit.memory_fit import MemoryFit, ReadOut
 from mixers.retrofit.sensitivity import Sensitivity
 from recipes.messages import one_line
@@ -243,9 +243,10 @@ def _estimate(model: Any, ids: Tensor, plan: Plan) -> None:
     passes |= {"read-out": len(ids), "memory": len(ids)} if plan.memory else {}
     minutes = sum(COSTS[name] * count for name, count in passes.items()) * one / 60
     width = model.config.get_text_config().hidden_size
-    moments = len(parts_of(model)) * width * width * 12
+    layers = len(parts_of(model))
+    learned = layers * width * width * 12 + min(KEPT, layers * width * ids.numel() * 2)  # of sensitivity and forecast
     logits = (8 if plan.distill else 3) * plan.seq_len * model.config.get_text_config().vocab_size * 4
     held = sum(p.numel() * p.element_size() for p in model.parameters())
-    activations = 40 * len(parts_of(model)) * plan.seq_len * width * 4
-    peak = (held + moments + logits + activations) / 2**30
+    activations = 40 * layers * plan.seq_len * width * 4
+    peak = (held + learned + logits + activations) / 2**30
     print(f"{len(ids)} sequences of {plan.seq_len} tokens: about {minutes:.0f} minutes and {peak:.1f} GiB")
