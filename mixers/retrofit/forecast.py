@@ -3,8 +3,8 @@
     y = log(d + d_0) / 2        d_0 the median of d over tokens, heads and layers: below, all is the same
 
 Linear by ridge regression in closed form; an MLP beside it by gradient descent on what that leaves. The host runs
-undisturbed, and tokens of all layers are taken from the same passes. In SmolLM2 the floor d_0 takes a quarter off what
-usage .25 costs on code, and a second kind of text in the fit another: forecasts are learned for what they are shown.
+undisturbed, and tokens of all layers are taken from the same passes. (A lead, SmolLM2, one seed: the floor d_0 takes a
+quarter off what usage .25 costs on code, and a second kind of text in the fit another.)
 """
 
 import math

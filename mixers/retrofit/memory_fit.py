@@ -4,8 +4,8 @@
     MemoryFit    all of it by gradient descent, from there
 
 The host runs undisturbed, and all layers learn at the same time from what it computes, at KV usages drawn for each
-sequence: no layer waits for another, and one fit serves every budget. (In layers of SmolLM2 the closed form takes away
-most of what gradient descent does, in a tenth of the time.)
+sequence: no layer waits for another, and one fit serves every budget. (A lead: in a layer of SmolLM2 the closed form
+takes away most of what gradient descent does, in a fraction of the time.)
 """
 
 import copy

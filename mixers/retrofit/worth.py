@@ -9,7 +9,7 @@ group, is
 
 With G_h = W_o^hT F W_o^h, F = E[g g^T] the Fisher matrix of the loss in what the layer adds to the residual stream, d
 is comparable across heads and layers: one threshold for all divides the budget. Without F it is comparable in a layer.
-(KVzap, arXiv 2601.07891, and KVzip, 2505.23416, forecast the attention mass; in SmolLM2 this does better.)
+(KVzap, arXiv 2601.07891, and KVzip, 2505.23416, forecast the attention mass; a lead says that this does better.)
 """
 
 import torch
