@@ -75,14 +75,12 @@ class HostedState(MixerState):
     """What is kept of N sequences.
 
     Attributes:
-        kv: keys and values of the stored tokens and of the window.
-        stored: (N, H) int64, stored tokens.
+        kv: keys and values of the stored tokens, in pages, and of the window.
         recurrent: (N, H, K, V) the memory, of a key head; None without one.
         router: what a router with a memory remembers.
     """
 
     kv: KVCache
-    stored: Tensor
     recurrent: Tensor | None = None
     router: RouterState | None = None
 
@@ -222,9 +220,9 @@ class HostedHAM(Mixer):
         if self.memory is not None:
             recurrent = torch.zeros(batch_size, heads, s.head_dim, s.value_dim, dtype=exact, device=device)
         cache = KVCache.empty(batch_size, heads, s.head_dim, s.value_dim, dtype=dtype, device=device)
-        none = torch.zeros(batch_size, heads, dtype=torch.long, device=device)
+        length = torch.zeros(batch_size, dtype=torch.long, device=device)
         router = self.router.init_state(batch_size, device, exact)
-        return HostedState(none[:, 0], cache, none, recurrent, router)
+        return HostedState(length, cache, recurrent, router)
 
     def window_size(self) -> int:
         return max(self.window, self.router.window(self.threshold.kv_usage))
@@ -261,17 +259,17 @@ class HostedHAM(Mixer):
             y = attend_new(q, k, v, stored, layout, **options)
         else:
             y, cache = state.kv.attend(q, k, v, stored, scores, layout, **options)
-        already = None if state is None else state.stored
-        count = _running(stored, layout) + (0 if already is None else layout.per_token(already))
         if self.adds_memory:
+            count = _running(stored, layout)
+            if state is not None:  # the pages hold what was stored before
+                count = count + layout.per_token(state.kv.pages.length.long().view(-1, self.num_heads))
             missing = 1 - count / (positions + 1)[..., None]
             y = y + self.memory.added(h, read, missing).to(y.dtype)
 
         behind = stored_behind(stored, layout, window)
         routing = Routing(scores, stored, tau, g.float(), layout.lengths, window, behind=behind)
         if state is not None:
-            total = state.stored + _total(stored, layout)
-            state = HostedState(state.length + layout.lengths, cache, total, recurrent, remembered)
+            state = HostedState(state.length + layout.lengths, cache, recurrent, remembered)
         return MixerOutput(y.flatten(2), state, routing)
 
     def _router_inputs(self, h, q, k, v, prediction, g, beta, positions, state, layout: Layout) -> RouterInputs:
@@ -325,8 +323,3 @@ def _running(stored: Tensor, layout: Layout) -> Tensor:
     starts = (layout.cu_seqlens[:-1].long() - 1).clamp(min=0)
     before = count[0, starts] * (layout.cu_seqlens[:-1] > 0)[:, None]
     return count - layout.per_token(before)
-
-
-def _total(stored: Tensor, layout: Layout) -> Tensor:
-    """(N, H) stored tokens of every sequence."""
-    return layout.pad(stored).long().sum(1)
