@@ -13,8 +13,8 @@ from torchmetrics import MetricCollection
 
 from lit_modules.budgets import build_budget
 from lit_modules.data.batches import check_batch
-from lit_modules.finite import first_not_finite, gradient_norm
 from lit_modules.metrics import KVUsage
+from lit_modules.on_nonfinite import OnNonFinite
 from lit_modules.run_stats import RunStats
 from mixers.backbone import Decoder, DecoderOutput
 from mixers.registry import MIXERS, SpecError, check_range, parse_pattern
@@ -119,6 +119,7 @@ class SequenceModule(pl.LightningModule):
         compile: compile the decoder (`torch.compile`) when a trainer runs it; "blocks": each of its blocks by itself,
             which takes less time and goes with FSDP2.
         activation_checkpointing: less memory and more time, see :class:`mixers.backbone.Decoder`.
+        on_nonfinite: "stop" at a step whose gradient is NaN or inf, or "skip" it, see :class:`OnNonFinite`.
 
     Raises:
         SpecError: a spec, usage or schedule that does not hold.
@@ -147,12 +148,15 @@ class SequenceModule(pl.LightningModule):
         final_learning_rate: float = 0.1,
         compile: bool | Literal["blocks"] = False,
         activation_checkpointing: bool = False,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
     ):
         super().__init__()
         if kv_usage is not None:
             check_usage(kv_usage)
         if schedule not in ("cosine", "constant"):
             raise SpecError(f"unknown schedule {schedule!r}; known: constant, cosine")
+        if on_nonfinite not in ("stop", "skip"):
+            raise SpecError(f"unknown on_nonfinite {on_nonfinite!r}; known: skip, stop")
         self.budget = build_budget(budget)
         if compile and activation_checkpointing and self.budget:
             raise SpecError("compile, activation_checkpointing and budget 'any' do not go together; leave one out")
@@ -240,7 +244,7 @@ class SequenceModule(pl.LightningModule):
     # Logging
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        return [RunStats()]
+        return [RunStats(), OnNonFinite(skips=self.hparams.on_nonfinite == "skip")]
 
     def log_step(self, out: DecoderOutput, **values: Tensor) -> None:
         """Logs ``train/...`` values of a training step and, on the steps that loggers see, what the mixers report.
@@ -287,37 +291,6 @@ class SequenceModule(pl.LightningModule):
         """Ends the step of the KV thresholds, so that a checkpoint holds all they have seen."""
         for threshold in thresholds_of(self.decoder):
             threshold.close_step()
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Logs the norm of the gradients, and stops the run if it is not finite, before the weights are touched.
-
-        The norm is read in every step: a GPU has nothing to do while the optimizer's step is launched.
-
-        Raises:
-            SpecError: the norm is NaN or inf, and no scaler of the loss is there to skip the step and go on.
-        """
-        norm = gradient_norm(self.parameters())
-        self.log("trainer/gradient_norm", norm)
-        if not norm.isfinite():
-            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-            if scaler is None or scaler.get_scale() <= 1:
-                raise SpecError(self._diverged())
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    def _diverged(self) -> str:
-        with self.trainer.precision_plugin.forward_context():
-            what = first_not_finite(self, self.loss, self.last_batch)
-        saved = getattr(self.trainer.checkpoint_callback, "last_model_path", "")
-        kept = f"the last checkpoint is {saved}" if saved else "no checkpoint was saved before"
-        return (
-            f"training diverged in step {self.trainer.global_step + 1}: {what} is not finite; {kept};"
-            f" try a learning_rate below {self.hparams.learning_rate:g}"
-        )
 
     # Evaluation
 

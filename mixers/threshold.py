@@ -201,6 +201,10 @@ class Threshold(nn.Module):
         if not self.averaging:
             self.adjust(finite)
 
+    def drop_step(self) -> None:
+        """Forget the step under way, of which the weights learn nothing either."""
+        self._pending, self._counted = {}, None
+
     def _warn_of_ties(self, scores: Tensor, table: Tensor) -> None:
         """Warn, once, of scores (groups, n) that do not allow the usage asked for."""
         self._closed += 1

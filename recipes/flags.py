@@ -43,6 +43,7 @@ RENAMED = {
     "--accumulate": "--trainer.accumulate_grad_batches",
     "--z_loss": "--model.z_loss",
     "--length_warmup": "--model.length_warmup",
+    "--on_nonfinite": "--model.on_nonfinite",
     "--seed": "--seed_everything",
 }
 SWITCHES = ("--compile", "--activation_checkpointing")  # true where no value follows
@@ -74,6 +75,7 @@ HELP = {
     "--activation_checkpointing": "compute activations again in the backward pass: less memory, more time",
     "--length_warmup N": "steps over which sequences grow to their whole length",
     "--z_loss X": "weight of log(sum(exp(logits)))^2 in the loss, such as 1e-4",
+    "--on_nonfinite skip": "leave out a step whose gradient is NaN or inf, up to 10 in a row; default: stop",
     "--seed N": "seed of the initial weights (--data.seed: of the data)",
     "--plugin MODULE": "a module or file of yours that registers mixers or routers; every command takes it",
     "--out FILE": "predict: where the predictions go; default: predictions.pt in the checkpoint's run",

@@ -24,7 +24,7 @@ from recipes.trust import check_options, trusted
 RECIPE = "recipe"  # the key of a checkpoint that holds the run's whole configuration
 PROCESSES = "processes"  # that of how many wrote it together
 LINKED = ("vocab_size", "num_classes")  # of the data; compared when the data is there
-FREE = ("kv_usage", "compile", "activation_checkpointing", *LINKED)
+FREE = ("kv_usage", "compile", "activation_checkpointing", "on_nonfinite", *LINKED)
 OF_TRAINING = (
     "max_steps",
     "max_epochs",
@@ -144,7 +144,10 @@ class Saved:
         parts = [
             (config, {"seed_everything": self.recipe.get("seed_everything")}),
             (config["trainer"], {key: self.recipe.get("trainer", {}).get(key) for key in OF_TRAINING}),
-            (config["model"]["init_args"], {key: self.hparams.get(key) for key in FREE if key not in LINKED}),
+            (
+                config["model"]["init_args"],
+                {key: self.hparams[key] for key in FREE if key in self.hparams and key not in LINKED},
+            ),
         ]
         if self.data == data.get("class_path"):
             parts.append((data.get("init_args") or {}, saved.get("init_args") or {}))
