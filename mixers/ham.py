@@ -143,8 +143,7 @@ class HAM(GatedDeltaNet):
     def mix(self, x: Tensor, state: HAMState | None, layout: Layout) -> MixerOutput:
         # 1 to 4: q (B, T, R, K), k (B, T, H, K); r (B, T, R, V), v, p (B, T, H, V); g, beta (B, T, H); S (N, H, K, V)
         # R = H, or R / H queries, a group, share the key, the value, the state and what is stored of one of the H heads
-        recurrent, conv = (None, None) if state is None else (state.recurrent, state.conv)
-        m = self.memory(x, recurrent, conv, layout, predict=self.router.predict)
+        m = self._remember(x, state, layout)
         q = m.q * self.log_scale.exp().to(m.q.dtype)[:, None]
 
         # 5: e, stored (B, T, H); tau (H,), or of every token's sequence (N or 1, 1 or T, H)
@@ -202,6 +201,11 @@ class HAM(GatedDeltaNet):
 
         hidden, routing = fused_step.routed(self, x, state, layout)
         return MixerOutput(hidden, state, routing)
+
+    def _remember(self, x: Tensor, state: HAMState | None, layout: Layout) -> MemoryRead:
+        """Equations 1 to 4. A subclass may give the router other predictions, or write other tokens."""
+        recurrent, conv = (None, None) if state is None else (state.recurrent, state.conv)
+        return self.memory(x, recurrent, conv, layout, predict=self.router.predict)
 
     def _router_inputs(self, x: Tensor, q: Tensor, m: MemoryRead, state, layout: Layout) -> RouterInputs:
         # scores choose tokens, and a choice has no gradient: what they are made of is detached

@@ -74,10 +74,13 @@ def test_the_file_tree_names_what_there_is():
         assert list(ROOT.rglob(name)), name
 
 
+FOLDERS = ("kernels", "mixers", "lit_modules", "recipes", "benchmarks/ideas")
+
+
 def files_page() -> str:
     """docs/files.md: every file with the first paragraph of what it says of itself."""
     lines, last = ["# Files", "", "Imports run one way: `recipes -> lit_modules -> mixers -> kernels`."], None
-    files = [path for layer in ("kernels", "mixers", "lit_modules", "recipes") for path in (ROOT / layer).rglob("*.*")]
+    files = [path for layer in FOLDERS for path in (ROOT / layer).rglob("*.*")]
     found = [path for path in files if path.suffix in (".py", ".yaml")]
     for path in sorted(found, key=lambda path: (str(path.parent), path.name)):
         text = path.read_text()

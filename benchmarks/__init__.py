@@ -1,0 +1,1 @@
+"""What was measured (`results/`), and ideas that are measured against what we have (`ideas/`)."""
