@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kernels import launch
+from kernels import launch, sass
 
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """compute capability -> KiB of shared memory that a block can have"""
@@ -27,6 +27,7 @@ class Compiled:
         spilled: bytes.
         shared: bytes of shared memory.
         matrix: the matrix instructions in it: `wgmma`, `mma`, `tcgen05` or nothing.
+        hazards: instructions that touch registers which a `wgmma` still holds, see `kernels.sass`.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Compiled:
     spilled: int
     shared: int
     matrix: str
+    hazards: int
 
 
 class _Driver:
@@ -105,4 +107,7 @@ def inspect(kernel, capability: int, log: str) -> Compiled:
         spilled=int(stores) + int(loads),
         shared=kernel.metadata.shared,
         matrix=instructions[0].split(".")[0] if instructions else "",
+        hazards=len(list(sass.hazards(sass.instructions(sass.disassemble(kernel.asm["cubin"])))))
+        if "wgmma" in instructions
+        else 0,
     )

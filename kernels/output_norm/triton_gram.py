@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dispatch import interpreted
-from kernels.launch import on
+from kernels.launch import on, warpgroups
 from kernels.output_norm.torch_gram import gram
 
 
@@ -54,7 +54,7 @@ def _norms(u: Tensor, g: Tensor) -> Tensor:
             u, g, n, T, H,
             V=V, BT=64, BI=min(wide, 32), BJ=min(wide, 128), ACC=tl.float64 if g.dtype == torch.float64 else tl.float32,
             PRECISION="ieee" if interpreted() else "tf32" if half else "tf32x3",
-            num_warps=4, num_stages=2,
+            num_warps=4, num_stages=1 if warpgroups(u.device) else 2,  # why: `kernels.delta_rule.triton_sizes.fit`
         )  # fmt: skip
     return n
 

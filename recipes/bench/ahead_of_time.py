@@ -25,6 +25,7 @@ HEADER = [
     "shared KiB",
     "of",
     "matrix",
+    "hazards",
 ]
 
 
@@ -34,7 +35,7 @@ def compile_all(
     """Compile for every GPU, dtype and K = V; prints the table, and writes it as aot.md into `folder`.
 
     Returns:
-        A row for every kernel, `ok` being whether its shared memory fits.
+        A row for every kernel, `ok`: its shared memory fits, and nothing touches its products while they run.
 
     Raises:
         SpecError: an unknown compute capability or dtype.
@@ -52,9 +53,11 @@ def compile_all(
         [
             f"{row['operation']} {row['name']}",
             *(str(row[key]) for key in ("dtype", "capability", "K", "warps", "stages", "registers", "spilled")),
-            f"{row['shared'] / 1024:.0f}" + ("" if row["ok"] else " (too much)"),
+            f"{row['shared'] / 1024:.0f}"
+            + ("" if row["shared"] <= SHARED_MEMORY[row["capability"]] * 1024 else " (too much)"),
             str(SHARED_MEMORY[row["capability"]]),
             row["matrix"] or "none",
+            str(row["hazards"]),
         ]
         for row in rows
     ]
@@ -82,8 +85,8 @@ def compile_for(capability: int, K: int, dtype: torch.dtype) -> list[dict[str, A
         with compile_only(capability) as found:
             launch()
         for kernel in found:
-            fits = kernel.shared <= SHARED_MEMORY[capability] * 1024
-            row = {"operation": operation, "dtype": str(dtype).split(".")[1], "K": K} | asdict(kernel) | {"ok": fits}
+            ok = kernel.shared <= SHARED_MEMORY[capability] * 1024 and not kernel.hazards
+            row = {"operation": operation, "dtype": str(dtype).split(".")[1], "K": K} | asdict(kernel) | {"ok": ok}
             if {**row, "operation": ""} not in [{**other, "operation": ""} for other in rows]:
                 rows.append(row)
     return rows

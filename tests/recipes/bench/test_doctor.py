@@ -112,6 +112,7 @@ def test_kernels_fit_the_gpus(tmp_path, capabilities, dtypes, head_dims):
     for kernel in kernels:
         products = kernel["name"] not in WITHOUT_PRODUCTS and not kernel["operation"].startswith("decode")
         assert kernel["ok"] and (kernel["matrix"] or not products), kernel
+        assert kernel["hazards"] == 0, kernel
         if kernel["dtype"] == "bfloat16" and kernel["K"] <= 128 and kernel["capability"] <= 90:
             assert kernel["spilled"] <= 256, kernel
 
