@@ -71,11 +71,15 @@ class LinkedCheckpoint(ModelCheckpoint):
 
 def between_steps(trainer: Trainer) -> bool:
     """Whether weights, optimizer, data and counters are those of one and the same step, with no gradient under way."""
-    loop = trainer.fit_loop.epoch_loop
-    progress = loop.batch_progress.current
-    accumulates = progress.ready % trainer.accumulate_grad_batches and not loop.batch_progress.is_last_batch
+    progress = trainer.fit_loop.epoch_loop.batch_progress.current
     ended = progress.processed if 0 < trainer.max_steps <= trainer.global_step else progress.completed
-    return progress.ready == ended and not accumulates
+    return progress.ready == ended and not accumulates(trainer)
+
+
+def accumulates(trainer: Trainer) -> bool:
+    """Whether the batch under way, or the last one, leaves its gradient for the next to be added to."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return bool(progress.current.ready % trainer.accumulate_grad_batches) and not progress.is_last_batch
 
 
 class AskedUsage(Callback):

@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import re
+import signal
 import warnings
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from recipes.callbacks import AskedUsage, SaveConfig, in_order, missed
 from recipes.checkpoint.opening import RUNS, open_checkpoint
 from recipes.checkpoint.saved import LINKED, Saved
 from recipes.composition import PARTS, all_settings, class_path, setting
-from recipes.interrupt import stopping_between_steps
+from recipes.interrupt import StopBetweenSteps, end_with_the_launcher, lost_process
 from recipes.limits import check_limits, check_usages
 from recipes.messages import one_line, program
 from recipes.results import written_whole
@@ -44,7 +45,7 @@ NOISE = (
     ".*The dirpath has changed from.*",
     ".*callbacks used to create the checkpoint need to be provided.*",
 )
-SIGTERM_EXIT = 128 + 15
+SIGTERM_EXIT = 128 + signal.SIGTERM
 say = rank_zero_only(print)
 
 
@@ -234,19 +235,30 @@ class RecipeCLI(LightningCLI):
         return [TensorBoardLogger(**where, default_hp_metric=False), CSVLogger(**where)]
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
-        waiting: list[int] = []
+        stopped = StopBetweenSteps()
+        self.trainer.callbacks.append(stopped)
         try:
-            with stopping_between_steps(self.trainer) as waiting:
-                self.trainer.fit(model, **kwargs)
+            self.trainer.fit(model, **kwargs)
         except UnavailableBackend as error:
             raise SpecError(str(error)) from error
-        except SystemExit as stop:  # how Lightning answers SIGTERM and Ctrl-C
-            saved = self.trainer.checkpoint_callback and self.trainer.checkpoint_callback.last_model_path
-            again = as_run(f"python -m recipes fit --ckpt_path {saved}")
-            say(f"\nstopped; go on with\n  {again}" if saved else "\nstopped")
-            if waiting or isinstance(stop.__context__, KeyboardInterrupt):
-                raise KeyboardInterrupt from None
+        except RuntimeError as error:
+            if self.trainer.world_size > 1 and (reason := lost_process(error)):
+                rank = self.trainer.global_rank
+                raise SpecError(f"process {rank} has lost another ({reason}); {self._go_on()}") from error
             raise
+        except SystemExit as stop:  # how Lightning answers signals
+            say(f"\nstopped; {self._go_on()}")
+            if stopped.signum == signal.SIGINT or isinstance(stop.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            stop.code = 128 + (stopped.signum or signal.SIGTERM)
+            raise
+        finally:  # from here on the end of a process of ours is no accident
+            getattr(self.trainer.strategy.launcher, "procs", []).clear()
+
+    def _go_on(self) -> str:
+        saved = self.trainer.checkpoint_callback and self.trainer.checkpoint_callback.last_model_path
+        again = as_run(f"python -m recipes fit --ckpt_path {saved}")
+        return f"go on with\n  {again}" if saved else "nothing was saved"
 
     def predict(self, model: LightningModule, **kwargs: Any) -> None:
         """Writes what the model's `predict_step` returned, batch by batch; with several processes, each its own."""
@@ -300,7 +312,7 @@ def run_name(mixer: str, data_class: str) -> str:
 
 
 def main(command: str, args: list[str]) -> int:
-    """Runs a command; returns its exit code: 143 after SIGTERM. Raises SpecError for a user's mistake."""
+    """Runs a command; returns its exit code: after SIGTERM 143. Raises SpecError for a user's mistake."""
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -310,11 +322,13 @@ def main(command: str, args: list[str]) -> int:
     if given.out and command != "predict":
         raise SpecError(f"{command} takes no --out; predict does")
     folder = RunFolder()
+    if command == "fit":
+        end_with_the_launcher()
     try:
         cli = RecipeCLI(command, given, folder)
     except BaseException as error:
         folder.drop_if_unused()
-        if isinstance(error, SIGTERMException):  # a SystemExit without a code, which would read as success
-            return SIGTERM_EXIT
+        if isinstance(error, SIGTERMException):
+            return error.code or SIGTERM_EXIT
         raise
     return SIGTERM_EXIT if cli.trainer.received_sigterm else 0
