@@ -35,6 +35,7 @@ COMMANDS = {
         "put HAM around the attention of a pretrained model:  retrofit --model FOLDER --text FILES --out FOLDER",
     ),
     "contest": ("recipes.retrofit.contest:contest", "a retrofitted model against rivals and controls of equal bytes"),
+    "convert": ("recipes.checkpoint.convert:convert", "a sharded checkpoint as one file, or one file as a sharded one"),
     "export": ("recipes.checkpoint.export:export", "write a checkpoint as a Hugging Face model"),
     "lm_eval": (
         "recipes.checkpoint.harness:lm_eval_command",
@@ -46,7 +47,7 @@ COMMANDS = {
     "show": ("recipes.listing:show", "what one of them is, and its options"),
 }
 FUNCTIONS = ("compare", "bench", "cost", "doctor", "generate", "calibrate", "retrofit", "contest", "export", "sweep")
-FUNCTIONS += ("figures", "tokenize")
+FUNCTIONS += ("convert", "figures", "tokenize")
 
 
 def usage() -> str:

@@ -64,7 +64,7 @@ class LinkedCheckpoint(ModelCheckpoint):
             try:
                 new.symlink_to(os.path.relpath(filepath, Path(linkpath).parent))
             except OSError:  # no symbolic links here
-                shutil.copy(filepath, new)
+                (shutil.copytree if Path(filepath).is_dir() else shutil.copy)(filepath, new)
             new.replace(linkpath)
         trainer.strategy.barrier()
 

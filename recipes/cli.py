@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -22,6 +23,7 @@ from kernels.dispatch import UnavailableBackend
 from lit_modules.base import with_options
 from lit_modules.callbacks import NextSteps
 from lit_modules.data import DATA
+from lit_modules.sharded import WholeCheckpointIO
 from mixers import SpecError
 from mixers.registry import ROUTERS
 from recipes import flags, plugins
@@ -116,9 +118,6 @@ class RecipeCLI(LightningCLI):
         steps = config.trainer.max_steps
         if command == "fit" and (0 < steps < self.saved.step or steps == self.saved.step and self.saved.finished):
             raise SpecError(f"{path} is at step {self.saved.step} of {config.trainer.max_steps}; give more --steps")
-        if path.is_dir() and config.trainer.strategy == "auto":
-            whole = "--trainer.strategy.save_distributed_checkpoint false"
-            raise SpecError(f"{path} is in parts: give the --trainer.strategy that wrote it; {whole} writes whole ones")
         verb = "resumes" if command == "fit" else command + "s"
         say(f"{verb} {path}{_target(path)}, of step {self.saved.step}")
         if command == "fit":
@@ -217,6 +216,8 @@ class RecipeCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError) as error:
             raise SpecError(one_line(str(error))) from error
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
         for callback in trainer.callbacks:
             if isinstance(callback, NextSteps):
                 callback.commands = {why: as_run(command) for why, command in callback.commands.items()}

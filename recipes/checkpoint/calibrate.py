@@ -42,6 +42,7 @@ def calibrate(
 
     import mixers
     from lit_modules.callbacks import ALLOCATION_BATCHES
+    from lit_modules.sharded import load_whole
     from mixers.threshold import thresholds_of
     from recipes.checkpoint.model_folder import is_model_folder
     from recipes.checkpoint.opening import open_checkpoint
@@ -71,7 +72,7 @@ def calibrate(
     mixers.calibrate(model.decoder, some, run=model.decode)
     asked = next(thresholds_of(model)).kv_usage
     target = Path(out) if out else path.resolve().with_name(f"{path.stem}-calibrated.ckpt")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = load_whole(path)
     checkpoint["state_dict"] = model.cpu().state_dict()
     checkpoint["hyper_parameters"]["kv_usage"] = asked
     with written_whole(target) as part:

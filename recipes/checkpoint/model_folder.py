@@ -120,7 +120,7 @@ def open_folder(path: str, *, kv_usage: float | None = None) -> ModelFolder:
         raise SpecError(f"{folder} cannot be opened as a causal language model with a tokenizer ({what})") from error
     if missing := sorted(info["missing_keys"]):
         raise SpecError(f"{folder} lacks {len(missing)} of its model's weights, such as {missing[0]}")
-    check_finite(model.state_dict(), folder)
+    check_finite(model.state_dict().items(), folder)
     if kv_usage is not None:
         set_kv_usage(model, kv_usage)
     return ModelFolder(folder, model.eval(), tokenizer)

@@ -1,6 +1,8 @@
 """Opening a checkpoint: which file is meant, whether it is whole, and what it says."""
 
 import zipfile
+from collections import deque
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from lightning.pytorch import LightningModule
 
 from lit_modules.base import SequenceModule
 from lit_modules.finite import not_finite
+from lit_modules.sharded import meta_file, weights_in
 from mixers.registry import SpecError
 from recipes.checkpoint.saved import PROCESSES, RECIPE, Saved
 from recipes.messages import one_line
@@ -19,7 +22,7 @@ INSTANTIATORS = (None, "lightning.pytorch.cli.instantiate_module", "pytorch_ligh
 
 
 def open_checkpoint(path: str, *, root: str | Path = RUNS, name: str = "*") -> Saved:
-    """What `--ckpt_path` leads to: every command opens a checkpoint with this. Of a sharded one, its meta file is read.
+    """What `--ckpt_path` leads to: every command opens a checkpoint with this, one file or sharded.
 
     Its parts have the checksums that were saved, its weights are finite, and nothing that it names is imported but what
     :mod:`recipes.trust` lets pass. No model is built yet: that is `Saved.load`.
@@ -34,10 +37,9 @@ def open_checkpoint(path: str, *, root: str | Path = RUNS, name: str = "*") -> S
             model that is not trusted.
     """
     found = _find(path, Path(root), name)
-    file = _plain_file(found)
-    _check_archive(file)
+    _check_archive(meta_file(found))
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(meta_file(found), map_location="cpu", weights_only=True, mmap=True)
         hparams = dict(checkpoint["hyper_parameters"])
         recipe, step = dict(checkpoint.get(RECIPE, {})), int(checkpoint.get("global_step", 0))
         well_formed = all(isinstance(recipe.get(key, {}), dict) for key in ("data", "trainer"))
@@ -50,7 +52,7 @@ def open_checkpoint(path: str, *, root: str | Path = RUNS, name: str = "*") -> S
     model_class = hparams.pop("_class_path", None)
     cls = trusted(model_class, LightningModule, file=found) if model_class else SequenceModule
     check_options(hparams, cls, file=found)
-    check_finite(checkpoint.get("state_dict", {}), found)
+    check_finite(weights_in(found) if found.is_dir() else checkpoint.get("state_dict", {}).items(), found)
     finished = checkpoint.get("callbacks", {}).get("ValidateAtEnd", {}).get("done", True)
     return Saved(
         path=found,
@@ -94,19 +96,16 @@ def _last(folder: Path) -> Path | None:
     files = [file for file in folder.glob("*.ckpt") if file.exists()]
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         with suppress(SpecError):
-            _check_archive(_plain_file(file))
+            _check_archive(meta_file(file))
+            if file.is_dir():
+                deque(weights_in(file), maxlen=0)
             return file
     return None
 
 
-def _plain_file(path: Path) -> Path:
-    """The file of a checkpoint with its plain data: of a sharded one, its meta file."""
-    return path / "meta.pt" if path.is_dir() else path
-
-
-def check_finite(state_dict: dict[str, torch.Tensor], path: Path) -> None:
+def check_finite(weights: Iterable[tuple[str, torch.Tensor]], path: Path) -> None:
     """Raises SpecError for weights that are NaN or inf."""
-    if bad := not_finite(state_dict.items()):
+    if bad := not_finite(weights):
         raise SpecError(f"{path} is of a run that diverged: {bad} is not finite")
 
 

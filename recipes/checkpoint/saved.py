@@ -5,17 +5,20 @@ without a word, and with `--ckpt_path last` and nothing to resume it starts anew
 the flags; then KV usage may be changed, and any other difference is an error, for the weights were learned with it.
 """
 
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from lit_modules.base import with_options
 from lit_modules.data import DATA
 from lit_modules.language_model import BYTES, LanguageModel
+from lit_modules.sharded import load_whole
 from mixers.registry import MIXERS, ROUTERS, THRESHOLDS, Registry, SpecError, parse_spec
 from mixers.threshold import set_kv_usage
 from recipes.messages import one_line
@@ -89,12 +92,21 @@ class Saved:
         """
         found = trusted(self.model_class, cls, file=self.path) if self.model_class else cls
         try:
-            return found.load_from_checkpoint(self.path, map_location="cpu", weights_only=True)
+            return found.load_from_checkpoint(self._file(), map_location="cpu", weights_only=True)
         except SpecError as error:
             raise SpecError(f"{self.path}: {error}") from error
         except Exception as error:  # a constructor, or torch, with whatever is in the file
             what = f"{type(error).__name__}: {one_line(str(error))}"
             raise SpecError(f"{self.path} cannot be loaded as a {found.__name__}: {what}") from error
+
+    def _file(self) -> Path | io.BytesIO:
+        """What Lightning loads a model from: the checkpoint, or the weights of a sharded one as a file in memory."""
+        if self.path.is_file():
+            return self.path
+        file = io.BytesIO()
+        torch.save(load_whole(self.path, optimizers=False), file)
+        file.seek(0)
+        return file
 
     def language_model(self, *, of_bytes: bool = False, kv_usage: float | None = None) -> LanguageModel:
         """The model for evaluation, on the CPU.

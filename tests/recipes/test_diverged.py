@@ -70,6 +70,6 @@ def test_what_diverged_is_not_used(run, here, checkpoint, command):
 
 
 def test_masks_may_be_infinite(tmp_path):
-    opening.check_finite({"mask": torch.full((2, 2), -torch.inf), "ids": torch.ones(2, dtype=torch.long)}, tmp_path)
+    opening.check_finite([("mask", torch.full((2, 2), -torch.inf)), ("ids", torch.ones(2, dtype=torch.long))], tmp_path)
     with pytest.raises(SpecError, match="weight is not finite"):
-        opening.check_finite({"weight": torch.tensor([torch.inf])}, tmp_path)
+        opening.check_finite([("weight", torch.tensor([torch.inf]))], tmp_path)

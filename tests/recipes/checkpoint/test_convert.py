@@ -1,0 +1,130 @@
+"""Sharded checkpoints, which are folders, do all that one file does, and are looked at as closely."""
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_modules.sharded import load_whole
+from lit_modules.strategies import put_in_place
+from recipes.checkpoint.opening import open_checkpoint
+
+CHECKPOINTS = "runs/ham-text-1/checkpoints"
+
+
+@pytest.fixture
+def converted(trained, run, here):
+    """The checkpoint of the third of six steps, as a folder."""
+    result = run(f"convert --ckpt_path {trained / CHECKPOINTS}/all-step=3.ckpt --out parts.ckpt")
+    assert result.code == 0 and result.err == "", result.err
+    return here / "parts.ckpt"
+
+
+def same(one, other):
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def test_a_checkpoint_goes_to_shards_and_back(trained, converted, run):
+    result = run(f"convert --ckpt_path {converted} --out whole.ckpt")
+    assert result.code == 0 and "sharded, written to whole.ckpt" in result.out
+    first = torch.load(trained / CHECKPOINTS / "all-step=3.ckpt", weights_only=True)
+    assert same(torch.load("whole.ckpt", weights_only=True), first)
+    assert "exists" in run(f"convert --ckpt_path {converted} --out whole.ckpt").error
+
+
+def test_one_process_goes_on_from_shards_to_the_bit(trained, converted, run):
+    assert "of step 3" in run(f"fit --ckpt_path {converted}").out
+    ours, theirs = (load_whole(folder / CHECKPOINTS / "last.ckpt") for folder in (Path(), trained))
+    assert same(ours["state_dict"], theirs["state_dict"])
+    assert same(ours["optimizer_states"], theirs["optimizer_states"])
+
+
+def test_every_command_reads_shards(trained, converted, run):
+    quiet = "--trainer.enable_progress_bar false"
+    prompt = "--prompt a --max_new_tokens 4 --temperature 0"
+    one = trained / CHECKPOINTS / "all-step=3.ckpt"
+    for command in (f"test {quiet}", f"generate {prompt}", "calibrate --batches 1 --out x"):
+        file, folder = (run(f"{command} --ckpt_path {path}") for path in (one, converted))
+        assert folder.code == 0, folder.err
+        assert folder.out.replace(str(converted), "X") == file.out.replace(str(one), "X") != ""
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def shard(folder):
+    return next(folder.glob("*.distcp"))
+
+
+def cut(folder):
+    shard(folder).write_bytes(shard(folder).read_bytes()[:-2000])
+
+
+def flip(folder):
+    content = bytearray(shard(folder).read_bytes())
+    content[len(content) // 2] ^= 1
+    shard(folder).write_bytes(content)
+
+
+HARM = {
+    "a shard is gone": (lambda folder: shard(folder).unlink(), ["__0_0.distcp", "missing"]),
+    "a shard was cut": (cut, ["__0_0.distcp", "damaged"]),
+    "a bit has turned": (flip, ["__0_0.distcp", "damaged"]),
+    "no index": (lambda folder: (folder / ".metadata").unlink(), ["no sharded checkpoint"]),
+    "an index of code": (
+        lambda folder: (folder / ".metadata").write_bytes(pickle.dumps(Malicious())),
+        [f"{os.mkdir.__module__}.mkdir, which is no part of one"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HARM)
+def test_a_harmed_folder_is_refused(name, converted, run):
+    harm, parts = HARM[name]
+    harm(converted)
+    error = run(f"test --ckpt_path {converted}").error
+    assert [part for part in (str(converted), *parts) if part not in error] == []
+    assert not Path("ran").exists()
+
+
+def test_last_is_the_newest_folder_that_is_whole(converted, here):
+    place = here / CHECKPOINTS
+    place.mkdir(parents=True)
+    whole, part = (Path(shutil.copytree(converted, place / f"{name}.ckpt")) for name in ("step=3", "step=4"))
+    shard(part).unlink()
+    os.utime(whole, (1, 1))
+    assert open_checkpoint("last").path.resolve() == whole
+
+
+def test_a_checkpoint_that_is_written_anew_is_there_at_every_moment(converted, here, monkeypatch):
+    place = here / CHECKPOINTS
+    place.mkdir(parents=True)
+    path = Path(shutil.copytree(converted, place / "step=3.ckpt"))
+    (place / "last.ckpt").symlink_to(path.name)
+    new = Path(shutil.copytree(converted, place / "step=3.ckpt.part"))
+    moved, move = [], Path.replace
+
+    def stop(self, target):
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(self)
+        return move(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", stop)
+        put_in_place(new, path)
+    assert moved == [path] and open_checkpoint("last").step == 3
+    put_in_place(new, path)
+    assert sorted(file.name for file in place.iterdir()) == ["last.ckpt", "step=3.ckpt"]
+    assert open_checkpoint("last").path.name == "last.ckpt"
