@@ -88,7 +88,8 @@ def gated_delta_rule(
     g = v.new_zeros(B, T, HV, dtype=exact) if g is None else g
     beta = v.new_ones(B, T, HV, dtype=exact) if beta is None else beta
     if initial_state is None:
-        initial_state = v.new_zeros(N, HV, K, V, dtype=exact)
+        if backend != "triton" or T == 0:  # which is not told of zeros, to keep none for its backward pass
+            initial_state = v.new_zeros(N, HV, K, V, dtype=exact)
     elif initial_state.shape != (N, HV, K, V):
         raise ValueError(
             f"initial_state must be {(N, HV, K, V)} (sequences, HV, K, V), got {tuple(initial_state.shape)}"
@@ -104,7 +105,7 @@ def gated_delta_rule(
     repeated = backend not in ("naive", "torch") and readers > 1
     if repeated:  # these run a state for every query head
         k, v, g, beta = (x.repeat_interleave(readers, 2) for x in (k, v, g, beta))
-        initial_state = initial_state.repeat_interleave(readers, 1)
+        initial_state = None if initial_state is None else initial_state.repeat_interleave(readers, 1)
     options = dict(predict=predict) if backend.startswith("triton") else {}
     if options and predict == "writes" and not delta:  # what such a rule writes is something else
         options = dict(predict="values")
@@ -112,7 +113,7 @@ def gated_delta_rule(
         o, prediction, state = run(
             *(q, k, v, g.to(exact), beta.to(exact)),
             scale=K**-0.5 if scale is None else scale,
-            initial_state=initial_state.to(exact),
+            initial_state=None if initial_state is None else initial_state.to(exact),
             layout=layout,
             delta=delta,
             **options,

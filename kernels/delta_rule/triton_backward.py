@@ -1,14 +1,15 @@
 """Triton kernels of the gated delta rule, backward. The equations and the letters are those of `torch_chunks.py`.
 
-The launches mirror the forward ones: `prepare_back` (per chunk: what needs no gradient of a state), `scan_back` (per
-sequence, from the end: gradients of the states, W), `gradients_v` (per chunk: of v and beta) and `gradients_k` (per
-chunk: of q, k and g). The last two are apart since their sums together do not fit in registers.
+They come after `prepare` and `scan`, which make X, U and the chunks' first states once more, and mirror them:
+`prepare_back` (per chunk: what needs no gradient of a state), `scan_back` (per sequence, from the end: gradients of
+the states, W), `gradients_v` (per chunk: of v and beta) and `gradients_k` (per chunk: of q, k and g). The last two are
+apart since their sums together do not fit in registers.
 """
 
 import triton
 import triton.language as tl
 
-from kernels.delta_rule.triton_forward import decays, put_rows, rows_of, scalars_of, strict, sums
+from kernels.delta_rule.triton_forward import decays, put_rows, rows_of, scalars_of, state_of, strict, sums
 
 
 @triton.jit
@@ -73,7 +74,7 @@ def scan_back(
     inside = (d < K)[:, None] & (j < V)[None, :]
     cell = d[:, None] * V + j[None, :]
     dtype = k.dtype.element_ty
-    dS = tl.load(d_final + (n.to(tl.int64) * H + h) * K * V + cell, mask=inside, other=0.0).to(ACC)
+    dS = state_of(d_final, (n.to(tl.int64) * H + h) * K * V + cell, inside, ACC)
     first, end = tl.load(offsets + n), tl.load(offsets + n + 1)
     for back in range(0, end - first):
         c = end - 1 - back
@@ -100,14 +101,11 @@ def scan_back(
 
 @triton.jit
 def gradients_v(
-    q, k, v, g, beta, p, u, w, starts, do, dp, chunks, dv, d_beta, ha, hq, scale, H,
+    q, k, v, g, beta, u, w, starts, do, dp, chunks, dv, d_beta, ha, hq, scale, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, DELTA: tl.constexpr, HAS_DP: tl.constexpr, GIVEN: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, DELTA: tl.constexpr, HAS_DP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks, H): dV, d_beta; H = Z U^T * D of the readers k and q -> ha, hq (chunks, H, C, C).
-
-    Predictions that are not GIVEN are computed again.
-    """
+    """Grid (chunks, H): dV, d_beta; H = Z U^T * D of the readers k and q -> ha, hq (chunks, H, C, C)."""
     c, h = tl.program_id(0), tl.program_id(1)
     start, stop = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
     if start < stop:
@@ -117,7 +115,7 @@ def gradients_v(
         strength = scalars_of(beta, t, live, h, H).to(ACC)
         HA, HQ = tl.zeros((C, C), ACC), tl.zeros((C, C), ACC)
         d_strength = tl.zeros((C,), ACC)
-        if DELTA and not GIVEN:
+        if DELTA:
             d = tl.arange(0, BK)
             keys = rows_of(k, t, live, h, H, K, d)
             D, f, _, _ = decays(sums(g, t, live, h, H), C, ACC)
@@ -127,9 +125,7 @@ def gradients_v(
             U, W = rows_of(u, t, live, h, H, V, j), rows_of(w, t, live, h, H, V, j)
             values = rows_of(v, t, live, h, H, V, j).to(ACC)
             put_rows(dv, W * strength[:, None], t, live, h, H, V, j)
-            if DELTA and GIVEN:
-                values -= rows_of(p, t, live, h, H, V, j)
-            elif DELTA:
+            if DELTA:  # the prediction once more
                 at = (c.to(tl.int64) * H + h) * K * V + d[:, None] * V + j[None, :]
                 S = tl.load(starts + at, mask=(d < K)[:, None] & (j < V)[None, :], other=0.0)
                 values -= tl.dot(keys, S, input_precision=PRECISION) * f[:, None]

@@ -79,6 +79,12 @@ def decays(b, C: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def state_of(x, at, inside, ACC: tl.constexpr):
+    """A state x[at], or zeros where there is none."""
+    return tl.zeros(at.shape, ACC) if x is None else tl.load(x + at, mask=inside, other=0.0).to(ACC)
+
+
+@triton.jit
 def strict(A, C: tl.constexpr):
     """A (C, C) below the diagonal, zeros elsewhere."""
     i = tl.arange(0, C)
@@ -101,7 +107,7 @@ def prepare(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, DELTA: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks, H): X -> x (chunks, H, C, C), X beta f K -> w (T, H, K), X beta V -> u (T, H, V)."""
+    """Grid (chunks, H): X beta f K -> w (T, H, K), X beta V -> u (T, H, V), and X -> x (chunks, H, C, C) if wanted."""
     c, h = tl.program_id(0), tl.program_id(1)
     start, stop = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
     if start < stop:
@@ -113,8 +119,9 @@ def prepare(
         if DELTA:
             A = tl.dot(keys, tl.trans(keys), input_precision=PRECISION).to(ACC) * D
             X = inverse(tl.where(i[:, None] > i[None, :], A * strength[:, None], 0.0), C, PRECISION)
-            at = x + (c.to(tl.int64) * H + h) * C * C + i[:, None] * C + i[None, :]
-            tl.store(at, X.to(x.dtype.element_ty))
+            if x is not None:
+                at = x + (c.to(tl.int64) * H + h) * C * C + i[:, None] * C + i[None, :]
+                tl.store(at, X.to(x.dtype.element_ty))
             Xb = (X * strength[None, :]).to(k.dtype.element_ty)
             fk = (keys * f[:, None]).to(k.dtype.element_ty)
             put_rows(w, tl.dot(Xb, fk, input_precision=PRECISION), t, live, h, H, K, d)
@@ -137,7 +144,7 @@ def scan(
     e = block * BV + tl.arange(0, BV)
     inside = (d < K)[:, None] & (e < V)[None, :]
     cell = d[:, None] * V + e[None, :]
-    S = tl.load(initial + (n.to(tl.int64) * H + h) * K * V + cell, mask=inside, other=0.0).to(ACC)
+    S = state_of(initial, (n.to(tl.int64) * H + h) * K * V + cell, inside, ACC)
     first, end = tl.load(offsets + n), tl.load(offsets + n + 1)
     for step in range(0, end - first):
         c = first + step
@@ -154,7 +161,8 @@ def scan(
         last = tl.sum(tl.where(i == C - 1, b, 0.0), 0)
         ek = rows_of(k, t, live, h, H, K, d) * tl.exp((last - b).to(ACC))[:, None]
         S = S * tl.exp(last.to(ACC)) + tl.dot(tl.trans(ek.to(k.dtype.element_ty)), U, input_precision=PRECISION)
-    tl.store(final + (n.to(tl.int64) * H + h) * K * V + cell, S.to(final.dtype.element_ty), mask=inside)
+    if final is not None:
+        tl.store(final + (n.to(tl.int64) * H + h) * K * V + cell, S.to(final.dtype.element_ty), mask=inside)
 
 
 @triton.jit

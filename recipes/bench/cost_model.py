@@ -13,18 +13,21 @@ OF_RECIPES = ("mixer", "kv_usage", "devices", "strategy", "precision", "seq_len"
 CHUNK = 64  # tokens of a chunk of the delta rule
 STATE_BYTES = 4  # of a number of the recurrent state, of g, of beta and of a score: float32
 
+STATES = {"prepare": dict(K=2, V=2, scalars=2), "scan": dict(K=2, V=2, S=1, scalars=1)}
 LAUNCHES = {
-    "prepare": dict(K=2, V=2, C=1, scalars=2),
-    "scan": dict(K=2, V=2, S=1, scalars=1),
-    "read": dict(K=2, V=2, S=1, scalars=1),
-    "prepare_back": dict(K=3, V=2, C=1, scalars=1),
-    "scan_back": dict(K=3, V=3, S=1, scalars=2),
-    "gradients_v": dict(K=1, V=5, S=1, C=2, scalars=3),
-    "gradients_k": dict(K=4, V=3, S=2, C=2, scalars=3),
+    "forward": STATES | {"read": dict(K=2, V=2, S=1, scalars=1)},
+    "backward": STATES
+    | {
+        "prepare": dict(K=2, V=2, C=1, scalars=2),
+        "prepare_back": dict(K=3, V=2, C=1, scalars=1),
+        "scan_back": dict(K=3, V=3, S=1, scalars=2),
+        "gradients_v": dict(K=1, V=5, S=1, C=2, scalars=3),
+        "gradients_k": dict(K=4, V=3, S=2, C=2, scalars=3),
+    },
 }
 """What the Triton kernels of the delta rule read and write per token and head, predictions apart: rows of K and of V
-numbers, of a chunk's matrices (C), its share of a state per chunk (S = K V / C), and float32 scalars."""
-FORWARD = ("prepare", "scan", "read")
+numbers, of a chunk's matrices (C), its share of a state per chunk (S = K V / C), and float32 scalars. The backward pass
+makes again what the forward one does not keep."""
 
 
 @dataclass(frozen=True)
@@ -103,16 +106,16 @@ def delta_rule(
 
     Per chunk and head: three products with the state (what it predicts, what is read, what is written), k.k, q.k, the
     triangular solve, and q.k times the writes. Backward: twice that, and the forward pass once more. Bytes are those of
-    `LAUNCHES`, and the first and the last state.
+    `LAUNCHES`, the last state and the gradient of the first.
     """
     C = min(chunk, T)
     flops = 2 * (3 * K * V + 2 * C * K + 2 * C * V)
     numbers = dict(K=K, V=V, C=C, S=K * V / C)
     moved = 0.0
-    for name, parts in LAUNCHES.items():
-        if train or name in FORWARD:
+    for phase in ("forward", "backward") if train else ("forward",):
+        for parts in LAUNCHES[phase].values():
             moved += sum(count * size * numbers.get(part, STATE_BYTES / size) for part, count in parts.items())
-    moved += (2 if train else 1) * 2 * K * V * STATE_BYTES / max(T, 1)
+    moved += (2 if train else 1) * K * V * STATE_BYTES / max(T, 1)
     if predict == "values":
         moved += V * STATE_BYTES
         if train:  # reads them in place of what they are made of

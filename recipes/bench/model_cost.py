@@ -190,8 +190,8 @@ class _Kernel(torch.autograd.Function):
 def as_on_a_gpu(saved: "Saved") -> Iterator[None]:
     """The mixers' two kernels keep what their Triton versions keep; their products are taken from what is counted.
 
-    The delta rule: its inputs, the prediction and, by chunks, X, the writes U and the first states. Attention: q, k, v,
-    the output, the log of every softmax's sum and, over stored tokens, their index and the ranks that a query sees.
+    The delta rule: its inputs. Attention: q, k, v, the output, the log of every softmax's sum and, over stored tokens,
+    their index and the ranks that a query sees.
     """
     rule, attend = mixers.memory.gated_delta_rule, mixers.ham.attend_new
 
@@ -205,13 +205,8 @@ def as_on_a_gpu(saved: "Saved") -> Iterator[None]:
         return counting
 
     def gated_delta_rule(q, k, v, g, beta, **options):
-        def kept(inputs, outputs):
-            (_, _, H, V), K, chunks = v.shape, k.shape[-1], v.shape[1] // CHUNK
-            parts = v.new_empty(chunks, H, CHUNK, CHUNK), torch.empty_like(v), v.new_empty(chunks, H, K, V)
-            return (*parts, outputs[1]) if options["predict"] == "values" else parts
-
         run = uncounted(lambda *inputs: rule(*inputs, **options))
-        return _Kernel.apply(run, kept, q, k, v, g, beta)
+        return _Kernel.apply(run, lambda inputs, outputs: (), q, k, v, g, beta)
 
     def attend_new(q, k, v, stored, layout, **options):
         def kept(inputs, outputs):
