@@ -14,9 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from kernels.sequences import Layout
 from mixers import SpecError, register_mixer
-from mixers.ham import HAM, HAMState
+from mixers.ham import HAM
 from mixers.layers import rotary
 from mixers.registry import check_range
 
@@ -39,9 +38,5 @@ class Rotated(HAM):
 
     def _attend(self, q: Tensor, k: Tensor, *args: Any) -> Any:
         state, layout = args[-2:]
-        positions = _positions(state, layout)
+        positions = layout.positions_after(None if state is None else state.length)
         return super()._attend(*(rotary(part, positions, self.rope_base) for part in (q, k)), *args)
-
-
-def _positions(state: HAMState | None, layout: Layout) -> Tensor:
-    return layout.positions_after(None if state is None else state.length)
