@@ -1,6 +1,7 @@
 """What a run says when it ends, and what makes it resume exactly."""
 
 import random
+from contextlib import ExitStack
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from lit_modules.averaging import WeightAverage
 from lit_modules.data.stream import longest_document
 from lit_modules.generation import generate
 from lit_modules.loggers import log_text
@@ -65,6 +67,8 @@ class CalibrateThresholds(pl.Callback):
     uninterrupted one. They are run through the module's `decode` if it has one, else through its `forward`, which takes
     a batch then.
 
+    Where weights are averaged (`lit_modules.averaging`), they are fitted to the mean.
+
     Before, in a model whose `budget` says so, `mixers.allocate` fits the heads' shares, through the module's `loss`.
 
     Args:
@@ -94,7 +98,14 @@ class CalibrateThresholds(pl.Callback):
         data = getattr(trainer, "datamodule", None)
         loader = trainer.train_dataloader if data is None else data.train_dataloader()
         batches = (trainer.strategy.batch_to_device(batch) for batch in islice(loader, self.batches))
-        with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
+        means = [callback.applied(pl_module) for callback in trainer.callbacks if isinstance(callback, WeightAverage)]
+        with ExitStack() as stack:
+            for context in (
+                trainer.precision_plugin.forward_context(),
+                torch.compiler.set_stance("force_eager"),
+                *means,
+            ):
+                stack.enter_context(context)
             if (budget := getattr(pl_module, "budget", None)) and budget.allocate and allocatable_mixers(pl_module):
                 few = [*islice(batches, ALLOCATION_BATCHES)]
                 batches = chain(few, batches)

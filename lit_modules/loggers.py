@@ -1,11 +1,12 @@
 """Numbers, pictures and texts for whatever loggers a trainer has."""
 
+import csv
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import numpy as np
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,6 +46,30 @@ def log_text(trainer: pl.Trainer, name: str, text: str) -> None:
             logger.log_text(key=name, columns=["text"], data=[[text]], step=last_step(trainer))
         elif logger.save_dir is not None:
             _file(logger, f"{name}.txt").write_text(text, encoding="utf-8")
+
+
+class EarlierRows(pl.Callback):
+    """Begins the metrics.csv of a run that goes on with the rows of the run before, up to the checkpoint.
+
+    Args:
+        file: that run's metrics.csv; nothing is done where there is none.
+        step: of the checkpoint. Rows of later ones, and one that was cut, are left out: they come again.
+    """
+
+    def __init__(self, file: Path, step: int) -> None:
+        self.file, self.step = file, step
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not (trainer.is_global_zero and self.file.is_file()):
+            return
+        rows = list(csv.DictReader(self.file.read_text().rpartition("\n")[0].splitlines()))
+        rows = [row for row in rows if None not in row.values() and row.get("step", "").isdigit()]
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger):
+                for row in rows:
+                    if (step := int(row["step"])) < self.step:
+                        logger.experiment.log_metrics({key: value for key, value in row.items() if value}, step)
+                logger.save()
 
 
 def last_step(trainer: pl.Trainer) -> int:

@@ -12,9 +12,11 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lit_modules.averaging import WeightAverage
 from lit_modules.callbacks import CalibrateThresholds, RNGState
 from lit_modules.finite import not_finite
 from mixers import SpecError, set_kv_usage
+from mixers.registry import check_positive
 from recipes.checkpoint.saved import PROCESSES, RECIPE
 
 
@@ -36,7 +38,17 @@ class LinkedCheckpoint(ModelCheckpoint):
     Its link always leads to a whole one: a new one is written, then linked, and then the one before is removed;
     Lightning removes before it links. Weights that are not finite are not saved. What ends a run in the middle of a
     step leaves the checkpoint before: one from there would resume after a batch that was drawn and not learned from.
+
+    Args:
+        keep: how many checkpoints of a run stay: the last ones.
+        options: of ModelCheckpoint.
     """
+
+    def __init__(self, *, keep: int = 1, **options: Any) -> None:
+        check_positive(keep=keep)
+        if keep > 1:
+            options.update(monitor="step", mode="max", save_top_k=keep)
+        super().__init__(**options)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         agreed = trainer.world_size == 1 or isinstance(exception, SIGTERMException)  # processes save together
@@ -142,7 +154,14 @@ class ValidateAtEnd(Callback):
         self.done = 0 < trainer.max_steps <= trainer.global_step
 
 
-PLACES = {ProgressBar: -3, CalibrateThresholds: -2, ValidateAtEnd: -1, RNGState: 1, Checkpoint: 2}  # all others: 0
+PLACES = {
+    WeightAverage: -4,
+    ProgressBar: -3,
+    CalibrateThresholds: -2,
+    ValidateAtEnd: -1,
+    RNGState: 1,
+    Checkpoint: 2,
+}  # all others: 0
 MISSED = {
     CalibrateThresholds: "the KV usage is not fitted to the one asked for",
     ValidateAtEnd: "the last step is not validated",
@@ -153,9 +172,9 @@ MISSED = {
 def in_order(callbacks: list[Callback]) -> list[Callback]:
     """The callbacks in the order that a run needs, whatever the one they were given in.
 
-    At the last step the bar shows it, thresholds are fitted, and then the others, the user's own among them, may test
-    or save the model; when training resumes, random numbers go on from the checkpoint's once all others have begun;
-    checkpoints are written last.
+    At the last step the weights' mean is taken, the bar shows it, thresholds are fitted, and then the others, the
+    user's own among them, may test or save the model; when training resumes, random numbers go on from the
+    checkpoint's once all others have begun; checkpoints are written last.
     """
 
     def place(callback: Callback) -> int:

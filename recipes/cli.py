@@ -6,15 +6,17 @@ import logging
 import re
 import signal
 import warnings
+from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -23,16 +25,18 @@ from kernels.dispatch import UnavailableBackend
 from lit_modules.base import with_options
 from lit_modules.callbacks import NextSteps
 from lit_modules.data import DATA
+from lit_modules.loggers import EarlierRows
 from lit_modules.sharded import WholeCheckpointIO
 from mixers import SpecError
 from mixers.registry import ROUTERS
 from recipes import flags, plugins
-from recipes.callbacks import AskedUsage, SaveConfig, in_order, missed
+from recipes.callbacks import AskedUsage, LinkedCheckpoint, SaveConfig, in_order, missed
 from recipes.checkpoint.opening import RUNS, open_checkpoint
 from recipes.checkpoint.saved import LINKED, Saved
 from recipes.composition import PARTS, all_settings, class_path, setting
 from recipes.interrupt import StopBetweenSteps, end_with_the_launcher, lost_process
 from recipes.limits import check_limits, check_usages
+from recipes.matching import matched
 from recipes.messages import one_line, program
 from recipes.results import written_whole
 from recipes.run_folder import RunFolder
@@ -61,7 +65,7 @@ class RecipeCLI(LightningCLI):
     """
 
     def __init__(self, command: str, given: flags.Flags, folder: RunFolder):
-        self.given = given
+        self.command, self.given = command, given
         self.saved: Saved | None = None
         self.folder = folder
         super().__init__(
@@ -80,6 +84,9 @@ class RecipeCLI(LightningCLI):
             target = f"model.init_args.{key}"
             parser.link_arguments("data", target, compute_fn=partial(self._of_data, key), apply_on="instantiate")
 
+        if self.command == "fit":
+            parser.add_argument("--logger", type=list[Literal["csv", "tensorboard", "wandb"]] | None, default=None)
+
     def _of_data(self, key: str, data: Any) -> Any:
         """The data's number of tokens or classes; of data that has none, what the user gave the model."""
         given = self._get(self.config, "model").init_args.get(key)
@@ -91,14 +98,20 @@ class RecipeCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
         command = args[0]
         path = setting(self.given.rest, "ckpt_path")
+        if path and self.given.match:
+            raise SpecError("--match is of a new model; that of a checkpoint is as wide as it is")
         if not path and command != "fit":
             raise SpecError(f"{command} evaluates a checkpoint: give --ckpt_path PATH, or --ckpt_path last")
         if path:
             config = self._parse_over_checkpoint(command, path)
         else:
             config = self._parse(command, [_config(self.given.recipe()), *self.given.args()], task=self.given.task())
+            if self.given.match:
+                config = self._matched(command, config)
             if mixer := config.model.get("init_args", {}).get("mixer"):
                 check_usages(mixer)
+        if self.given.keep is not None:
+            self._keep(config)
         check_limits(config)
         self._write_out_names(config)
         plugins.note(config.as_dict())
@@ -125,6 +138,17 @@ class RecipeCLI(LightningCLI):
                 say("resumes with {} {} (was {})".format(*change))
         return config
 
+    def _matched(self, command: str, config: Any) -> Any:
+        """The configuration with MLPs so wide that the model is as large as that of --match_to."""
+        given = replace(self.given, mixer=self.given.match_to or flags.DEFAULTS["mixer"])
+        other = self._parse(command, [_config(given.recipe()), *given.args()], task=given.task())
+        ours, theirs = (_mixer(one.model.init_args) for one in (config, other))
+        sizes = {key: other.model.init_args[key] for key in ("dim", "depth", "mlp_ratio")}
+        found = matched(self.given.match, ours, theirs, **sizes, seq_len=config.data.init_args.get("seq_len"))
+        say(f"matches {given.mixer} with {found}")
+        args = [_config(self.given.recipe()), *self.given.args(), f"--model.mlp_ratio={found.mlp_ratio}"]
+        return self._parse(command, args, task=self.given.task())
+
     def _parse(self, command: str, args: list[str], *, task: str | None = None) -> Any:
         """The configuration, with --num_heads and such, and a task's, in every mixer of the pattern that has them."""
         config = self._parse_words(command, [word for word in args if not word.startswith("--print_config")])
@@ -148,6 +172,13 @@ class RecipeCLI(LightningCLI):
         except argparse.ArgumentError as error:
             raise SpecError(one_line(str(error), known=self._known_flags(command, args[0]))) from error
         return self.config[command]
+
+    def _keep(self, config: Any) -> None:
+        callbacks = config.trainer.callbacks if isinstance(config.trainer.callbacks, list) else []
+        found = [one for one in callbacks if one.class_path == f"{LinkedCheckpoint.__module__}.LinkedCheckpoint"]
+        if not found:
+            raise SpecError("--keep is of the recipes' callback LinkedCheckpoint, which --trainer.callbacks replaced")
+        found[0].init_args.keep = self.given.keep
 
     @staticmethod
     def _write_out_names(config: Any) -> None:
@@ -202,6 +233,8 @@ class RecipeCLI(LightningCLI):
         writes = self.subcommand == "fit" and not config["fast_dev_run"]
         if config["logger"] in (None, True):
             kwargs["logger"] = self._loggers(Path(config["default_root_dir"])) if writes else False
+        elif writes and self._get(self.config, "logger"):
+            raise SpecError("give either --logger or --trainer.logger")
         # Recipes bring a progress bar and checkpoints; a flag that forbids them is enough.
         enabled = {ProgressBar: config["enable_progress_bar"], Checkpoint: config["enable_checkpointing"]}
         if config["fast_dev_run"]:
@@ -210,6 +243,9 @@ class RecipeCLI(LightningCLI):
         kwargs["enable_checkpointing"] = enabled[Checkpoint]
         callbacks = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
         kwargs["callbacks"] = in_order([c for c in callbacks if c and not isinstance(c, unwanted)])
+        for callback in kwargs["callbacks"]:  # Lightning asks the first logger, and W&B's answer is no folder of runs
+            if isinstance(callback, LinkedCheckpoint) and self.folder.path and callback.dirpath is None:
+                callback.dirpath = str(self.folder.path / "checkpoints")
         if writes and (without := missed(kwargs["callbacks"])):
             say(without)
         try:
@@ -224,16 +260,27 @@ class RecipeCLI(LightningCLI):
         asked = self._get(self.config, "model").init_args.get("kv_usage")
         if self.saved and asked != self.saved.hparams.get("kv_usage"):
             trainer.callbacks.append(AskedUsage(asked))
+        if self.saved and writes:
+            trainer.callbacks.append(EarlierRows(self.saved.folder / "metrics.csv", self.saved.step))
         return trainer
 
     def _loggers(self, root: Path) -> list[Any]:
-        """TensorBoard and CSV in one folder of the run's own: runs/<mixer>-<data>-<number>."""
+        """Those of --logger, else TensorBoard and CSV, in the run's own folder: runs/<mixer>-<data>-<number>."""
+        names = self._get(self.config, "logger") or ["tensorboard", "csv"]
+        for name in names:
+            if name != "csv" and find_spec(name) is None:
+                raise SpecError(f"--logger {name} needs a package that is not installed: pip install {name}")
         model, data = self._get(self.config, "model").init_args, self._get(self.config, "data")
         mixer = self.given.mixer or ",".join(dict.fromkeys(flags.mixer_names(model.get("mixer", "own"))))
         name = run_name(mixer, data.class_path if data else "own")
         self.folder.make(root, name)
         where = {"save_dir": root, "name": "", "version": self.folder.path.name}
-        return [TensorBoardLogger(**where, default_hp_metric=False), CSVLogger(**where)]
+        kinds = {
+            "tensorboard": lambda: TensorBoardLogger(**where, default_hp_metric=False),
+            "csv": lambda: CSVLogger(**where, flush_logs_every_n_steps=1),  # a row is written when it is logged
+            "wandb": lambda: WandbLogger(name=self.folder.path.name, save_dir=self.folder.path),
+        }
+        return [kinds[name]() for name in kinds if name in names]
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         stopped = StopBetweenSteps()
@@ -283,6 +330,14 @@ def _config(content: dict[str, Any]) -> str:
     return f"--config={json.dumps(content)}"
 
 
+def _mixer(model: Any) -> Any:
+    """The pattern of a model's configuration, as the model makes it."""
+    if not model.get("mixer"):
+        raise SpecError("--match is of models with mixers")
+    options = {key: model.get(key) for key in ("router", "kv_usage")}
+    return with_options(model.mixer, **options)
+
+
 def _target(path: Path) -> str:
     return f" -> {path.resolve().name}" if path.is_symlink() else ""
 
@@ -322,6 +377,8 @@ def main(command: str, args: list[str]) -> int:
     given.rest = ["--help" if arg == "--help_all" else arg for arg in given.rest]
     if given.out and command != "predict":
         raise SpecError(f"{command} takes no --out; predict does")
+    if given.of_fit and command != "fit":
+        raise SpecError(f"{command} takes no {given.of_fit[0]}; fit does")
     folder = RunFolder()
     if command == "fit":
         end_with_the_launcher()

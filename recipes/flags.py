@@ -46,10 +46,12 @@ RENAMED = {
     "--on_nonfinite": "--model.on_nonfinite",
     "--seed": "--seed_everything",
 }
+MEAN = "lit_modules.averaging.WeightAverage"  # of --ema
+OF_FIT = ("--ema", "--keep", "--logger", "--match", "--match_to")
 SWITCHES = ("--compile", "--activation_checkpointing")  # true where no value follows
 OF_MIXERS = ("--num_heads", "--head_dim")  # of every mixer of the pattern that has them
 HEADS = "heads"  # the key of a size that holds these
-SHORT = {"--mixer", "--data", "--recipe", "--router", "--out", "--strategy", *OF_MIXERS, *RENAMED}
+SHORT = {"--mixer", "--data", "--recipe", "--router", "--out", "--strategy", *OF_FIT, *OF_MIXERS, *RENAMED}
 STRATEGIES = {"fsdp2": "lit_modules.strategies.FSDP2"}  # names that Lightning has not
 HELP = {
     "--mixer NAME": "a recipe or mixer (`python -m recipes ls`), a pattern such as gdn*3,attention, or a class path",
@@ -70,6 +72,11 @@ HELP = {
     "--devices N": "how many, or auto",
     "--nodes N": "machines, with --devices on each",
     "--accumulate N": "batches whose gradients are one step",
+    "--ema D": "fit: exponential mean of the weights, such as 0.999: what is validated and kept",
+    "--keep N": "fit: how many checkpoints of a run stay, the last ones; 1 if not given",
+    "--logger NAME": "fit: csv, tensorboard or wandb, or several: csv,wandb; csv,tensorboard if not given",
+    "--match WHAT": "fit: parameters or flops: MLPs as wide as it takes to have as many as --match_to",
+    "--match_to NAME": "fit: the mixer of the model that is matched, as for --mixer; ham if not given",
     "--strategy S": "ddp, fsdp2, or another of Lightning's, for many devices",
     "--compile": "torch.compile the decoder; --compile blocks: each of its blocks by itself",
     "--activation_checkpointing": "compute activations again in the backward pass: less memory, more time",
@@ -100,6 +107,9 @@ class Flags:
     Attributes:
         mixer, data, out: the short flags, None where they were not given.
         size: the name that --recipe was given.
+        keep: how many checkpoints.
+        match, match_to: what is to be equal, and to which mixer's model.
+        of_fit: the flags that fit alone takes.
         options: those that every mixer which has them gets.
         rest: all other flags, as long ones, in the user's order.
         classes: the model's and the data's class path, where these flags or their --config files name one.
@@ -109,6 +119,10 @@ class Flags:
     data: str | None = None
     out: str | None = None
     size: str | None = None
+    keep: int | None = None
+    match: str | None = None
+    match_to: str | None = None
+    of_fit: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     rest: list[str] = field(default_factory=list)
     classes: dict[str, str] = field(default_factory=dict)
@@ -182,8 +196,19 @@ def parse(args: list[str]) -> Flags:
         SpecError: a short flag without a value, an unknown mixer, or --data and a --config that contradict each other.
     """
     flags = Flags()
+    loggers: list[str] = []
     for flag, value in _short(args, flags.rest):
-        if flag == "--router":
+        if flag in OF_FIT:
+            flags.of_fit.append(flag)
+        if flag == "--keep":
+            flags.keep = _yaml(value)
+            if not isinstance(flags.keep, int) or flags.keep < 1:
+                raise SpecError(f"--keep must be a number of checkpoints, at least 1, got {value}")
+        elif flag == "--ema":
+            flags.rest += [f"--trainer.callbacks+={MEAN}", f"--trainer.callbacks.decay={value}"]
+        elif flag == "--logger":
+            loggers += value.split(",")
+        elif flag == "--router":
             flags.rest += ["--model.router", _spec(value)]
         elif flag in OF_MIXERS:
             flags.options[flag.removeprefix("--")] = _yaml(value)
@@ -198,6 +223,10 @@ def parse(args: list[str]) -> Flags:
             flags.rest += [RENAMED[flag], value]
         else:
             setattr(flags, flag.removeprefix("--"), value)
+    if flags.match_to and not flags.match:
+        raise SpecError("--match_to goes with --match parameters or --match flops")
+    if loggers:
+        flags.rest += ["--logger", json.dumps(loggers)]
     if flags.size:
         flags.options = _yaml(sizes()[flags.size].read_text())[HEADS] | flags.options
         flags.data = flags.data or (None if "data" in named_classes(flags.rest) else "tokens")

@@ -10,6 +10,7 @@ from itertools import product
 
 OF_KERNELS = ("lengths", "kv_usages", "gpus", "batch", "heads", "head_dim", "bytes_per_number")
 OF_RECIPES = ("mixer", "kv_usage", "devices", "strategy", "precision", "seq_len", "batch_tokens", "vocab_size")
+OF_RECIPES += ("match", "match_to")
 CHUNK = 64  # tokens of a chunk of the delta rule
 STATE_BYTES = 4  # of a number of the recurrent state, of g, of beta and of a score: float32
 
@@ -196,6 +197,8 @@ def cost(
     seq_len: int | None = None,
     batch_tokens: int | None = None,
     vocab_size: int = 50_304,
+    match: str | None = None,
+    match_to: str = "ham",
 ) -> None:
     """Prints what every kernel must compute and move, and the least time of it on named GPUs; or a recipe's plan.
 
@@ -222,6 +225,8 @@ def cost(
         seq_len: of the recipe: tokens of a sequence; default: its own.
         batch_tokens: of the recipe: tokens of a device in a forward pass; default: its own.
         vocab_size: of the recipe: of the tokenizer.
+        match: of the recipe: parameters or flops: MLPs as wide as it takes to have as many as with `match_to`.
+        match_to: of the recipe: the mixer that is matched, at the usage that it has by default.
     """
     from mixers.registry import SpecError, unknown
     from recipes.results import markdown_table
@@ -235,6 +240,7 @@ def cost(
         from recipes.bench.model_cost import plan
 
         data = {"seq_len": seq_len, "batch_tokens": batch_tokens, "vocab_size": vocab_size}
+        data |= {"match": match, "match_to": match_to}
         print(plan(recipe, mixer, kv_usage, devices, strategy, precision, **data))
         return
     lengths, gpus = lengths or [8192, 32768, 131072], gpus or ["h200"]

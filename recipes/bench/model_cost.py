@@ -26,6 +26,7 @@ from mixers.registry import SpecError, check_positive, parse_pattern, unknown
 from recipes import flags
 from recipes.bench import cost_model
 from recipes.bench.cost_model import CHUNK
+from recipes.matching import matched
 
 STRATEGIES = ("single", "ddp", "fsdp2")
 PRECISIONS = {"32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2)}
@@ -272,12 +273,13 @@ def plan(
     seq_len: int | None,
     batch_tokens: int | None,
     vocab_size: int,
+    match: str | None = None,
+    match_to: str = "ham",
 ) -> str:
     """The plan of `fit --recipe --mixer` as text; None is what the recipe says."""
     given = flags.parse(["--recipe", recipe, "--mixer", mixer, "--data", "tokens"])
     whole = given.recipe()
     model, data = whole["model"]["init_args"], whole["data"]["init_args"]
-    pattern = model["mixer"] if given.mixer in flags.recipes() else given.mixer
     options = {name: model[name] for name in ("dim", "depth", "mlp_ratio", "tie_embeddings") if name in model}
     sizes = {"seq_len": seq_len, "batch_tokens": batch_tokens}
     sizes = {name: data[name] if size is None else size for name, size in sizes.items()}
@@ -285,16 +287,26 @@ def plan(
     check_positive(devices=devices, vocab_size=vocab_size, **sizes)
     if strategy == "single" and devices > 1:
         raise SpecError(f"strategy 'single' is that of one device, got {devices}; of several: ddp or fsdp2")
+    pattern, first = with_options(_pattern(given), **given.options, kv_usage=kv_usage), ""
+    if match:
+        other = with_options(_pattern(flags.parse(["--recipe", recipe, "--mixer", match_to])), **given.options)
+        found = matched(match, pattern, other, **options, seq_len=sizes["seq_len"])
+        options["mlp_ratio"], first = found.mlp_ratio, f"matches {match_to} with {found}\n"
     cost = model_cost(
         **options,
         **sizes,
-        mixer=with_options(pattern, **given.options, kv_usage=kv_usage),
+        mixer=pattern,
         vocab_size=vocab_size,
         precision=precision or whole["trainer"].get("precision", "32-true"),
         devices=devices,
         strategy=strategy,
     )
-    return table(cost, devices=devices, strategy=strategy, **sizes)
+    return first + table(cost, devices=devices, strategy=strategy, **sizes)
+
+
+def _pattern(given: flags.Flags) -> Any:
+    """What --mixer stands for."""
+    return given.recipe()["model"]["init_args"]["mixer"] if given.mixer in flags.recipes() else given.mixer
 
 
 def table(cost: ModelCost, *, devices: int, strategy: str, batch_tokens: int, seq_len: int) -> str:

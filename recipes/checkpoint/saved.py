@@ -136,7 +136,7 @@ class Saved:
         Raises:
             SpecError: a class that is not trusted.
         """
-        keys = ["seed_everything"] + ["data"] * with_data + ["trainer"] * (command == "fit")
+        keys = ["seed_everything"] + ["data"] * with_data + ["trainer", "logger"] * (command == "fit")
         if "data" in keys and self.data:
             self.data_options()
         if "trainer" in keys:
@@ -154,7 +154,7 @@ class Saved:
         """What a run that goes on with this configuration does otherwise: option, value now, value before."""
         data, saved = config.get("data") or {}, self.recipe.get("data", {})
         parts = [
-            (config, {"seed_everything": self.recipe.get("seed_everything")}),
+            (config, {key: self.recipe.get(key) for key in ("seed_everything", "logger")}),
             (config["trainer"], {key: self.recipe.get("trainer", {}).get(key) for key in OF_TRAINING}),
             (
                 config["model"]["init_args"],

@@ -35,6 +35,8 @@ def compare(
     seeds: int = 5,
     learning_rates: list[float] | None = None,
     test_usages: list[float] | None = None,
+    match: str | None = None,
+    match_to: str = "ham",
     jobs: int = 0,
     quick: bool = False,
     redraw: str | None = None,
@@ -62,6 +64,8 @@ def compare(
         learning_rates: trains every contestant at each of them; of each, the one that is best on the validation split
             goes into the table and the plots, and all go into results.json.
         test_usages: KV usages at which each trained model that has one is tested as well; they are drawn in curve.png.
+        match: parameters or flops: gives every contestant MLPs as wide as it takes to have as many as with `match_to`.
+        match_to: the mixer, or pattern, of the model that is matched.
         jobs: runs side by side, one thread each; 0 is the number of cores.
         quick: a smaller task and fewer contestants: an answer in about 5 minutes on two cores.
         redraw: a folder with the results.json of a comparison or of a sweep: draws its plots anew, and trains nothing.
@@ -96,6 +100,8 @@ def compare(
     if isinstance(contestants, str):
         contestants = _read(Path(contestants))
     cells = [cell | {"mixer": sized(cell["mixer"], settings["data"])} for cell in expand(contestants)]
+    if match:
+        cells = [*_matched(cells, match, sized(match_to, settings["data"]), settings)]
     seeds = QUICK["seeds"] if quick and seeds == 5 else seeds
     check(cells, settings)
     cells = list(_at_each_rate(cells, learning_rates or [], model_options or {}))
@@ -112,6 +118,23 @@ def compare(
         with log.open("a") as file:
             file.write(json.dumps(row) + "\n")
     report([done[key] for key in keys if key in done], settings, folder)
+
+
+def _matched(cells: list[dict[str, Any]], what: str, to: Spec, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The cells, with MLPs that make their models as large as that with the mixer `to`."""
+    from lit_modules.base import with_options
+    from recipes.compare.run import OF_MODEL
+    from recipes.matching import matched
+
+    sizes = {
+        key: settings["model_options"][key] for key in ("dim", "depth", "mlp_ratio") if key in settings["model_options"]
+    }
+    length = settings["data_options"].get("seq_len")
+    for cell in cells:
+        options = {key: value for key, value in cell["options"].items() if key not in OF_MODEL}
+        found = matched(what, with_options(cell["mixer"], **options), to, **sizes, seq_len=length)
+        print(f"{cell['label']}: {found}")
+        yield cell | {"options": cell["options"] | {"mlp_ratio": found.mlp_ratio}}
 
 
 def expand(contestants: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -46,6 +46,9 @@ class Losses(pl.Callback):
             self.recent = []
 
 
+OF_MODEL = ("budget", "learning_rate", "mlp_ratio")  # options of a contestant that are the model's, not its mixers'
+
+
 def settings_of(
     data: str, *, data_options: dict[str, Any], model_options: dict[str, Any], metric: str | None
 ) -> dict[str, Any]:
@@ -86,7 +89,7 @@ def build(run: dict[str, Any]) -> tuple[SequenceModule, pl.LightningDataModule]:
     data = DATA_MODULES.build(run["data"], **seed | run["data_options"])
     sizes = {key: getattr(data, key) for key in ("vocab_size", "num_classes") if hasattr(data, key)}
     options, mixer_options = dict(run["model_options"]), dict(run["options"])
-    options |= {key: mixer_options.pop(key) for key in ("budget", "learning_rate") if key in mixer_options}
+    options |= {key: mixer_options.pop(key) for key in OF_MODEL if key in mixer_options}
     module, _, name = run["model"].rpartition(".")
     model_class = getattr(importlib.import_module(module), name)
     mixer = with_options(run["mixer"], **mixer_options)
