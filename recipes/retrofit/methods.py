@@ -38,12 +38,14 @@ class Method:
     Attributes:
         kind: `host`, `ours`, `ceiling`, `rival` or `control`.
         router: that is put around the host's attention; None: a folder has it.
+        scope: of its threshold. Scores in no unit that heads share are compared within a head, which keeps its share.
         keeps_memory: of a folder: False leaves the memory away.
         note: what to know about its figures.
     """
 
     kind: str
     router: str | None = None
+    scope: str = "model"
     keeps_memory: bool = True
     note: str = ""
 
@@ -52,10 +54,10 @@ METHODS = {
     "host": Method("host"),
     "ham": Method("ours"),
     "demand": Method("ours", keeps_memory=False),
-    "key_norm": Method("rival", "key_norm"),
+    "key_norm": Method("rival", "key_norm", scope="head"),
     "recency": Method("rival", "none"),
-    "residual": Method("rival", "residual", note=UNFITTED),
-    "cosine": Method("rival", "cosine", note=UNFITTED),
+    "residual": Method("rival", "residual", scope="head", note=UNFITTED),
+    "cosine": Method("rival", "cosine", scope="head", note=UNFITTED),
     "random": Method("control", "random"),
     "static": Method("control", "static"),
     "oracle": Method("ceiling", f"{Oracle.__module__}.{Oracle.__qualname__}", note="sees later tokens"),
@@ -113,7 +115,7 @@ class Contestant:
         self.model, self.tokenizer = open_host(folder if ours else host)
         if router := self.method.router:
             spec = {"name": router} | ({"seed": seed} if self.method.kind == "control" else {})
-            attach(self.model, router=spec, memory=False, window=window, sinks=sinks)
+            attach(self.model, router=spec, scope=self.method.scope, memory=False, window=window, sinks=sinks)
         if name == "oracle":
             foresee(self.model, metrics(self.model))
         self.parts = parts_of(self.model)
