@@ -12,9 +12,10 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lit_modules.base import SequenceModule
 from lit_modules.data.batches import IGNORED, cut_to_length
+from lit_modules.data.generated import GeneratedData
 from lit_modules.data.stream import ANSWER, PART, REPEATED
 from lit_modules.metrics import BitsPerByte, Loss, MeanAccuracy, Perplexity
-from mixers.registry import check_range
+from mixers.registry import SpecError, check_range
 
 BYTES = 256
 LOGITS_AT_ONCE = 2**26
@@ -30,7 +31,7 @@ class LanguageModel(SequenceModule):
         z_loss: weight in training of the mean square of log(sum(exp(logits))), which keeps logits from drifting (PaLM,
             arXiv 2204.02311: 1e-4).
         length_warmup: steps over which sequences grow to their whole length from a 16th of it: they are cut into pieces
-            of that length, each a sequence by itself. For text; what a task asks may be in another piece.
+            of that length, each a sequence by itself. For text alone: what a task asks about is in another piece.
         options: see :class:`lit_modules.base.SequenceModule`.
     """
 
@@ -49,6 +50,12 @@ class LanguageModel(SequenceModule):
         if vocab_size == BYTES:
             metrics["bits_per_byte"] = BitsPerByte()
         self.metrics = MetricCollection(metrics)
+
+    def on_fit_start(self) -> None:
+        """Raises SpecError where a length that grows would cut questions off from what they are about."""
+        data = self.trainer.datamodule
+        if self.hparams.length_warmup and isinstance(data, GeneratedData):
+            raise SpecError(f"length_warmup is for text: it cuts sequences, and what {type(data).__name__} asks, apart")
 
     def forward(self, tokens: Tensor, **kwargs: Any) -> Tensor:
         """Logits (B, T, vocab_size) of ``tokens`` (B, T); the keywords are the decoder's."""

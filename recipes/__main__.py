@@ -6,6 +6,7 @@ Imports neither torch nor Lightning nor jsonargparse, so that help and lists com
 import argparse
 import importlib
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -120,9 +121,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     from mixers.registry import SpecError
-    from recipes.messages import end_bars, show_warning
+    from recipes.messages import end_bars, show_thread_error, show_warning
 
-    warnings.showwarning = show_warning
+    warnings.showwarning, threading.excepthook = show_warning, show_thread_error
     try:
         return run(argv[0], argv[1:])
     except (SpecError, argparse.ArgumentError) as error:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, TQDMProgressBar
@@ -15,9 +16,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_modules.averaging import WeightAverage
 from lit_modules.callbacks import CalibrateThresholds, RNGState
 from lit_modules.finite import not_finite
+from lit_modules.sharded import WholeCheckpointIO
 from mixers import SpecError, set_kv_usage
 from mixers.registry import check_positive
 from recipes.checkpoint.saved import PROCESSES, RECIPE
+from recipes.results import written_whole
 
 
 class SaveConfig(SaveConfigCallback):
@@ -30,6 +33,19 @@ class SaveConfig(SaveConfigCallback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[RECIPE] = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         checkpoint[PROCESSES] = trainer.world_size
+
+
+class WholeFiles(WholeCheckpointIO):
+    """Writes a checkpoint beside its place and then names it, so that whatever stands there is whole.
+
+    Lightning writes into the system's temporary folder, which may be a small disk, and copies from there.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        if storage_options is not None or "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        with written_whole(Path(path)) as part, part.open("wb") as file:
+            torch.save(checkpoint, file)
 
 
 class LinkedCheckpoint(ModelCheckpoint):

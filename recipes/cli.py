@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import re
 import signal
 import warnings
@@ -26,11 +27,10 @@ from lit_modules.base import with_options
 from lit_modules.callbacks import NextSteps
 from lit_modules.data import DATA
 from lit_modules.loggers import EarlierRows
-from lit_modules.sharded import WholeCheckpointIO
 from mixers import SpecError
 from mixers.registry import ROUTERS
 from recipes import flags, plugins
-from recipes.callbacks import AskedUsage, LinkedCheckpoint, SaveConfig, in_order, missed
+from recipes.callbacks import AskedUsage, LinkedCheckpoint, SaveConfig, WholeFiles, in_order, missed
 from recipes.checkpoint.opening import RUNS, open_checkpoint
 from recipes.checkpoint.saved import LINKED, Saved
 from recipes.composition import PARTS, all_settings, class_path, setting
@@ -253,7 +253,7 @@ class RecipeCLI(LightningCLI):
         except (ValueError, TypeError) as error:
             raise SpecError(one_line(str(error))) from error
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+            trainer.strategy.checkpoint_io = WholeFiles()
         for callback in trainer.callbacks:
             if isinstance(callback, NextSteps):
                 callback.commands = {why: as_run(command) for why, command in callback.commands.items()}
@@ -289,7 +289,12 @@ class RecipeCLI(LightningCLI):
             self.trainer.fit(model, **kwargs)
         except UnavailableBackend as error:
             raise SpecError(str(error)) from error
+        except OSError as error:
+            where = os.fsdecode(error.filename or "") or self.folder.path or self.trainer.default_root_dir
+            raise SpecError(f"{where}: {error.strerror or error}; {self._go_on()}") from error
         except RuntimeError as error:
+            if "DataLoader worker" in str(error):
+                raise SpecError(f"a process that loads data died: {one_line(str(error))}; {self._go_on()}") from error
             if self.trainer.world_size > 1 and (reason := lost_process(error)):
                 rank = self.trainer.global_rank
                 raise SpecError(f"process {rank} has lost another ({reason}); {self._go_on()}") from error

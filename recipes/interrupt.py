@@ -70,7 +70,7 @@ def end_with_the_launcher() -> None:
 
     Without it the others wait for the messages of one that was killed, with NCCL for minutes.
     """
-    if "LOCAL_RANK" in os.environ:
+    if "LOCAL_RANK" in os.environ and hasattr(signal, "SIGKILL"):
         torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
     # Lightning looks after the processes that it starts, and says at this level which one it ends the others for.
     logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)

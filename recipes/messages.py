@@ -38,7 +38,8 @@ def one_line(message: str, known: Iterable[str] = ()) -> str:
     text = re.sub(r"<class '([^']+)'>", r"\1", " ".join(dict.fromkeys(facts)))
     if match := UNKNOWN_FLAG.search(text):
         name = f"{key}.{match[1]}" if key else match[1].replace("init_args.", "")
-        close = difflib.get_close_matches(name, list(known), n=1)
+        known = list(known)  # a flag that there is, but not for this class, is no slip of the pen
+        close = [] if match[1] in known else difflib.get_close_matches(name, known, n=1)
         text += f". Did you mean --{close[0]}?" if close else ""
     return f"{key}: {text}" if key else text
 
@@ -57,3 +58,8 @@ def show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
         sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
     else:
         print(text, file=sys.stderr)
+
+
+def show_thread_error(error: Any) -> None:
+    """For `threading.excepthook`: one line on stderr. A logger's thread ends so, and the logger then ends the run."""
+    show_warning(f"a thread ended with {error.exc_type.__name__}: {error.exc_value}")

@@ -84,14 +84,20 @@ def written_whole(path: Path) -> Iterator[Path]:
     except SpecError:
         raise
     except (OSError, RuntimeError, ValueError) as error:  # torch and safetensors have errors of their own for these
-        reason = getattr(error, "strerror", None) or one_line(str(error))
-        raise SpecError(f"{path} cannot be written: {reason}") from error
+        raise SpecError(f"{path} cannot be written: {disk_error(error) or one_line(str(error))}") from error
     finally:
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
         else:
             with suppress(OSError):
                 part.unlink()
+
+
+def disk_error(error: BaseException | None) -> str | None:
+    """What the system said, if that is what is behind an error: torch goes on to write where the disk is full."""
+    while error and not (isinstance(error, OSError) and error.strerror):
+        error = error.__cause__ or error.__context__
+    return error and error.strerror
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lit_modules.data.documents import DRAW, TOKENIZER, content_of, drawn
 from lit_modules.data.tokens import TOKENS, TokenData
-from mixers.registry import SpecError, check_positive
+from mixers.registry import SpecError, check_positive, check_range
 from recipes.results import written_whole
 
 BATCH = 1000  # documents that the tokenizer gets at once: it has threads of its own
@@ -48,6 +48,7 @@ def tokenize(
         seconds: for which it is timed.
     """
     check_positive(tokens_per_file=tokens_per_file)
+    check_range(0, seconds=seconds)
     source = {"paths": paths, "hub": hub, "hub_config": hub_config, "split": split, "streaming": streaming}
     data = TokenData(**source, field=field, tokenizer=tokenizer, eos_token=eos_token, num_workers=num_workers)
     data.setup("fit")

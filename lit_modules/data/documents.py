@@ -77,7 +77,24 @@ def open_documents(
         options = {"sample_by": "document"} if kind == "text" else {}
         return datasets.load_dataset(kind, data_files={split: files}, split=split, streaming=streaming, **options)
     except Exception as error:  # of the package, of the network, of pyarrow
-        raise SpecError(f"data {hub or ', '.join(paths)} cannot be opened: {_reason(error)}") from error
+        what = _unreadable(kind, files) or f"data {hub or ', '.join(paths)} cannot be opened: {_reason(error)}"
+        raise SpecError(what) from error
+
+
+def _unreadable(kind: str, files: list[str]) -> str | None:
+    """Names the first file that cannot be read, which the package does for some faults only."""
+    for file in files:
+        try:
+            for _ in import_datasets().load_dataset(kind, data_files=[file], split="train", streaming=True).iter(1000):
+                pass
+        except Exception as error:
+            return f"data '{file}' cannot be read: {_reason(error)}"
+    return None
+
+
+def count_of(documents: Documents) -> int:
+    """How many documents there are, or of a stream, how many files."""
+    return len(documents) if hasattr(documents, "select") else documents.num_shards
 
 
 def check_field(documents: Documents, field: str) -> None:

@@ -158,10 +158,11 @@ class TokenLoader:
         loader: with `state_dict` and `load_state_dict`.
         length: batches in what Lightning calls an epoch.
         elastic: whether the library goes on with another number of processes or workers.
+        count: of the documents, or the files of a stream; with another one its state means nothing.
     """
 
-    def __init__(self, loader: Any, *, length: int, elastic: bool = False):
-        self.loader, self.length, self.elastic = loader, length, elastic
+    def __init__(self, loader: Any, *, length: int, elastic: bool = False, count: int | None = None):
+        self.loader, self.length, self.elastic, self.count = loader, length, elastic, count
         self.iterator: Iterator[Batch] | None = None
 
     def __len__(self) -> int:
@@ -193,7 +194,7 @@ class TokenLoader:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             states = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(states, self.loader.state_dict())
-        return {"workers": self.loader.num_workers, "processes": states}
+        return {"workers": self.loader.num_workers, "processes": states, "count": self.count}
 
     def load_state_dict(self, state: State) -> None:
         rank, processes = 0, 1
@@ -204,6 +205,11 @@ class TokenLoader:
             raise SpecError(
                 f"data 'tokens' was read by {was[0]} processes of {was[1]} workers, and cannot go on with {now[0]} of"
                 f" {now[1]}: give as many (--devices, --data.num_workers)"
+            )
+        if state.get("count") not in (None, self.count):
+            raise SpecError(
+                f"data 'tokens' has {self.count} documents, or files of a stream, but had {state['count']} when the"
+                " checkpoint was written: give all of them to go on (--data.paths), or start anew"
             )
         self.loader.load_state_dict(state["processes"][min(rank, was[0] - 1)])
         self.iterator = None

@@ -1,6 +1,7 @@
 """Next-token prediction on data sets of Hugging Face's, with any of its tokenizers, or on litdata's folders."""
 
 import warnings
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lit_modules.data.documents import INSTALL, TOKENIZER, check_field, open_documents
+from lit_modules.data.documents import INSTALL, TOKENIZER, check_field, count_of, open_documents
 from lit_modules.data.packing import PackedDocuments, TokenLoader
 from lit_modules.data.stream import Batch, FixedBatches
 from mixers.registry import SpecError, check_positive, check_range
@@ -125,7 +126,8 @@ class TokenData(pl.LightningDataModule):
         """The rows of a split, see :class:`lit_modules.data.packing.PackedDocuments`."""
         sizes = {"seq_len": self.seq_len, "row_tokens": row_tokens, "held_out": self.held_out, "block": self.block}
         how = {"field": self.field, "end": self.end, "packed": self.packed, "seed": self.seed}
-        return PackedDocuments(self.opened, self.encode, split=split, **sizes, **how, **options)
+        encode = partial(_encode, self.tokenizer)  # and nothing else of ours: workers that are not forked get a copy
+        return PackedDocuments(self.opened, encode, split=split, **sizes, **how, **options)
 
     def _ranks(self) -> dict[str, int]:
         names = ("global_rank", 0), ("world_size", 1)
@@ -143,7 +145,7 @@ class TokenData(pl.LightningDataModule):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*'set_vital' is deprecated")  # torchdata's own call
             loader = loader_class(rows, generator=generator, **how)
-        return TokenLoader(loader, length=self.batches_per_epoch)
+        return TokenLoader(loader, length=self.batches_per_epoch, count=count_of(self.opened))
 
     def _fixed(self, split: str) -> FixedBatches:
         row_tokens = min(self.batch_tokens, self.limits[split])
@@ -170,11 +172,15 @@ class TokenData(pl.LightningDataModule):
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special tokens."""
-        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        return _encode(self.tokenizer, text)
 
     def decode(self, tokens: Tensor) -> str:
         """The text of ids (T,)."""
         return self.tokenizer.decode(tokens.tolist())
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
 
 def load_tokenizer(name: str) -> Any:

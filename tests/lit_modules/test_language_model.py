@@ -99,7 +99,10 @@ def test_lengths_warm_up_in_training_alone(make_trainer, make_model, make_mqar):
         return decode(batch)
 
     model.decode = noted
-    make_trainer(max_steps=6, limit_val_batches=1).fit(model, data)
+    with pytest.raises(SpecError, match="length_warmup is for text.*MQARData"):
+        make_trainer(max_steps=6).fit(model, data)
+    data.setup("fit")  # in whose loaders nothing says what they are of
+    make_trainer(max_steps=6, limit_val_batches=1).fit(model, data.train_dataloader(), data.val_dataloader())
     whole = next(iter(data.val_dataloader()))["tokens"].shape
     lengths, tokens = zip(*seen[True], strict=True)
     assert list(lengths) == [max(1, round(whole[1] * (1 + 15 * step / 4) / 16)) for step in range(4)] + 2 * [whole[1]]

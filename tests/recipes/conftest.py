@@ -1,5 +1,6 @@
 """Runs the command line in this process: starting another one costs ten seconds of imports."""
 
+import json
 import random
 import warnings
 from contextlib import contextmanager
@@ -18,6 +19,18 @@ TINY = (
     " --data.validation_tokens 256 --data.test_tokens 1024 --trainer.val_check_interval 4"
     " --trainer.enable_progress_bar false"
 )
+
+PIECES = "--data.seq_len 32 --data.batch_tokens 64 --data.held_out 0.3 --data.validation_tokens 256"
+TOKENS = (
+    f"--data tokens --data.paths DATA/texts.jsonl --data.tokenizer DATA/tokenizer.json --data.eos_token <e> {PIECES}"
+)
+TASKS = {
+    "mqar": "--data mqar --data.num_pairs 2 --data.num_keys 8 --data.num_values 8 --data.num_validation 8",
+    "text": f"--data.paths [DATA/text.txt] {PIECES}",
+    "tokens": TOKENS,
+    "workers": f"{TOKENS} --data.num_workers 2",
+}
+STEPS = "--steps 6 --model.dim 16 --model.depth 2 --trainer.val_check_interval 2 --trainer.enable_progress_bar false"
 
 
 @dataclass
@@ -115,3 +128,19 @@ def here(tmp_path, monkeypatch):
     """An empty working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def line_of(tmp_path_factory):
+    """line_of(task) -> a `fit` of six steps with a validation after every two; tasks: mqar, text, tokens, workers."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    folder = tmp_path_factory.mktemp("data")
+    texts = [". ".join(random.Random(i).sample(sentences("a").split(". "), 3)) for i in range(120)]
+    (folder / "text.txt").write_text("\n".join(texts))
+    (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel()
+    trained.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=300, special_tokens=["<e>"]))
+    trained.save(str(folder / "tokenizer.json"))
+    return lambda task: f"fit {STEPS} {TASKS[task]}".replace("DATA", str(folder))

@@ -10,7 +10,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 
 import torch
@@ -76,6 +76,7 @@ def _process(line: str, folder: str, rank: int, port: int, change: Callable | No
     os.dup2(output, 2)
     warnings.simplefilter("ignore", DeprecationWarning)
     torch.set_num_threads(1)
+    set_start_method("fork", force=True)  # of workers, as it is where nothing else is said
     if port:
         os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         rank_zero_only.rank = rank  # which Lightning reads when it is imported
@@ -87,7 +88,7 @@ def _process(line: str, folder: str, rank: int, port: int, change: Callable | No
     sys.exit(code)
 
 
-def run(line: str, folder: Path, *, processes: int = 1, change: Callable | None = None, within: int = 120):
+def run(line: str, folder: Path, *, processes: int = 1, change: Callable | None = None, within: int = 240):
     """Runs a command line.
 
     Args:

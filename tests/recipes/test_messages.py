@@ -27,6 +27,7 @@ UNION = """Parser key "kv_usage":
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
+        (NESTED.format("Option 'z_loss' is not accepted"), "model: Option 'z_loss' is not accepted"),
         ("unrecognized arguments: --modl 3", "unrecognized arguments: --modl 3. Did you mean --model?"),
         (
             NESTED.format("Option 'mixr' is not accepted"),
@@ -40,7 +41,7 @@ UNION = """Parser key "kv_usage":
     ],
 )
 def test_one_line(message, expected):
-    line = one_line(message, known=["model", "model.mixer"])
+    line = one_line(message, known=["model", "model.mixer", "z_loss"])
     assert "\n" not in line
     if expected:
         assert line == expected

@@ -74,6 +74,7 @@ def test_what_loads_tokens_is_missed_before_they_are_written(run, here, corpus, 
     ("words", "message"),
     [
         ("", "names no end of a text: give --data.eos_token"),
+        ("--eos_token <end> --seconds -1", "seconds must be a number of at least 0, got -1"),
         ("--eos_token <end> --field txt", "unknown data.field 'txt'"),
         ("--eos_token <end> --paths nowhere.jsonl", "does not exist"),
         ("--eos_token <end> --paths empty.txt", "there is no text in the 1 documents of empty.txt"),

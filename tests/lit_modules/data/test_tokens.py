@@ -1,7 +1,9 @@
 import gzip
 import io
 import json
+import pickle
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -69,6 +71,14 @@ def test_a_loader_goes_on_where_another_stopped(tokens, how):
     resumed.load_state_dict(torch.load(kept, weights_only=True))
     for ours, theirs in zip(islice(batches, 15), resumed, strict=False):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_workers_that_are_not_forked_get_the_data_and_nothing_else(tokens):
+    data = tokens()
+    data.trainer = SimpleNamespace(global_rank=0, world_size=1, schedule=lambda step: step)  # cannot be pickled
+    rows = data.train_dataloader().loader.dataset
+    ours, theirs = (next(iter(some)) for some in (rows, pickle.loads(pickle.dumps(rows))))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_another_number_of_workers_is_refused(tokens):
@@ -175,6 +185,28 @@ def test_a_broken_shard_is_one_line(tokens, tmp_path, documents, num_workers):
     with pytest.raises(SpecError, match="^a document cannot be read: .*") as raised:
         list(islice(data.train_dataloader(), 200))
     assert "\n" not in str(raised.value)
+
+
+def test_a_broken_shard_is_named(tokens, tmp_path, documents):
+    from datasets import Dataset
+
+    for number in range(3):
+        Dataset.from_dict({"text": documents[number::3]}).to_parquet(tmp_path / f"{number}.parquet")
+    broken = tmp_path / "1.parquet"
+    whole = broken.read_bytes()
+    for part in (whole[: len(whole) // 2], whole[:200] + bytes(400) + whole[600:]):
+        broken.write_bytes(part)
+        with pytest.raises(SpecError, match="data '.*1.parquet' cannot be read"):
+            tokens(paths=str(tmp_path))
+
+
+@pytest.mark.parametrize(("how", "counts"), [({}, (133, 200)), (STREAM, (2, 3))], ids=["table", "stream"])
+def test_a_shard_that_is_gone_is_missed(tokens, corpus, tmp_path, how, counts):
+    state = tokens(**how).train_dataloader().state_dict()
+    for name in ("0.jsonl", "2.jsonl"):
+        (tmp_path / name).write_bytes((Path(corpus) / name).read_bytes())
+    with pytest.raises(SpecError, match="has {} documents.* but had {} when".format(*counts)):
+        tokens(paths=str(tmp_path), **how).train_dataloader().load_state_dict(state)
 
 
 @pytest.mark.parametrize("package", ["datasets", "torchdata.stateful_dataloader", "transformers"])

@@ -1,0 +1,65 @@
+"""Killed at any moment, without a last word, a run is gone on with and ends with the same weights to the bit."""
+
+import random
+import signal
+from functools import partial
+
+import pytest
+import torch
+
+from tests.recipes.processes import PLACES, arm, run
+
+CASES = [(task, processes) for task in ("mqar", "text", "tokens", "workers") for processes in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def whole(line_of, tmp_path_factory):
+    """(task, processes) -> what a run ends with that nothing happens to."""
+    found = {}
+
+    def make(*case):
+        if case not in found:
+            folder = tmp_path_factory.mktemp("whole")
+            codes, said = run(line_of(case[0]), folder, processes=case[1])
+            assert codes == [0] * case[1], said
+            found[case] = end_of(folder)
+        return found[case]
+
+    return make
+
+
+def end_of(folder):
+    """Weights, moments and schedule of the newest run."""
+    newest = max((folder / "runs").iterdir(), key=lambda run: int(run.name.rpartition("-")[2]))
+    saved = torch.load(newest / "checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == 6 and saved["callbacks"]["ValidateAtEnd"]["done"]
+    return torch.utils._pytree.tree_leaves([saved[key] for key in ("state_dict", "optimizer_states", "lr_schedulers")])
+
+
+def kill_and_go_on(folder, line, expected, processes, **blow):
+    codes, said = run(line, folder, processes=processes, change=partial(arm, signum=signal.SIGKILL, **blow))
+    assert codes[blow["to"]] == -signal.SIGKILL and {*codes} <= {2, -signal.SIGKILL}, (codes, said)
+    codes, said = run("fit --ckpt_path last", folder, processes=processes)
+    if "has a last checkpoint" in said[0]:  # it was killed before there was one
+        codes, said = run(line, folder, processes=processes)
+    assert codes == [0] * processes, said
+    found = end_of(folder)
+    assert len(found) == len(expected)
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+
+
+def test_a_kill_while_a_checkpoint_is_written(here, line_of, whole):
+    blow = {"to": 0, "place": "checkpointing", "step": 4, "after": 3000}
+    kill_and_go_on(here, line_of("text"), whole("text", 1), 1, **blow)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(24))
+def test_a_kill_at_a_random_moment(here, line_of, whole, seed):
+    task, processes = CASES[seed % len(CASES)]
+    rng = random.Random(seed)
+    blow = {"place": rng.choice([*PLACES]), "step": rng.randrange(6), "after": int(10 ** rng.uniform(0, 4))}
+    blow["to"] = rng.randrange(processes)
+    print(task, processes, blow)
+    kill_and_go_on(here, line_of(task), whole(task, processes), processes, **blow)
