@@ -2,13 +2,24 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
 from kernels.routed_attention import flex, ranks, routed_attention, torch_gathered, triton_ranked
+from kernels.routed_attention.triton_kernels import whole_blocks
 from kernels.sequences import Layout, like_sizes
+
+
+@triton.jit
+def whole(out, inner, after, B: tl.constexpr):
+    first, last = whole_blocks(inner, after, B)
+    tl.store(out, first)
+    tl.store(out + 1, last)
+
 
 USAGES = [0.0, 0.05, 0.5, 1.0]
 PATHS = ["gathered", "masked"]
@@ -134,6 +145,25 @@ class TestTriton:
     def test_usages_even_and_skewed(self, in_triton, usages, window):
         inputs = make(T=40, H=3, groups=2, usages=usages, bias=True)
         check_against_the_definition(inputs, window=window, **in_triton)
+
+    @pytest.mark.parametrize(
+        ("bounds", "window", "K"),
+        [(None, 0, 16), (None, 45, 5), ([0, 60, 63, 100], 0, 5), ([0, 60, 100], 37, 16)],
+        ids=str,
+    )
+    def test_blocks_that_all_queries_see(self, in_triton, bounds, window, K):
+        """Whole blocks before a query's own, from the start of its document and of its window, need no mask."""
+        inputs = make(T=100, H=1, K=K, V=K, groups=2, usages=(0.9,), bias=True)
+        options = {"cu_seqlens": None if bounds is None else torch.tensor(bounds), "window": window}
+        check_against_the_definition(inputs, **options, **in_triton)
+
+    @pytest.mark.parametrize("inner, after, blocks", [(0, 0, 0), (0, 16, 1), (1, 33, 1), (17, 31, 0), (-9, 50, 3)])
+    def test_blocks_are_whole(self, inner, after, blocks):
+        out = torch.zeros(2, dtype=torch.int32)
+        whole[(1,)](out, inner, after, 16)
+        first, last = out.tolist()
+        assert last - first == 16 * blocks and first % 16 == 0
+        assert not blocks or (first >= inner and last <= after)
 
     @pytest.mark.parametrize("K, V", [(16, 32), (128, 128), (256, 256)])
     def test_at_the_sizes_that_models_have(self, K, V):
