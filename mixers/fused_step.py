@@ -8,7 +8,7 @@ from torch import Tensor
 from kernels.decoding import triton_heads, triton_memory, triton_rotary
 from kernels.sequences import Layout
 from mixers.base import Routing
-from mixers.in_place import InPlaceState, version, write
+from mixers.in_place import InPlaceState, write
 from mixers.memory import Memory, MemoryRead
 from mixers.routers.base import Router
 from mixers.routers.cosine import Cosine
@@ -33,9 +33,11 @@ def routed(mixer: "HAM", x: Tensor, state: InPlaceState, layout: Layout) -> tupl
     """A HAM's hidden (N, 1, D) and what was stored; `state` is written."""
     held, memory, window = state.held, mixer.memory, mixer.window_size()
     held.kv.check_window(window)
+    if not torch.compiler.is_compiling():
+        state.check_weights()
     qkv, scaled, read, p, g, beta = _remember(memory, x[:, 0], held, mixer.log_scale, mixer.router.predict)
     kind, given = _score_of(mixer.router), None
-    gram = _gram(mixer, state) if kind == "output" else None
+    gram = state.constants["gram"] if kind == "output" else None
     if kind == "given":
         given = _scores(mixer, x, held, layout, (qkv, scaled, read, p, g, beta))
     tau = mixer.threshold.tau(training=False).expand(mixer.num_heads)
@@ -98,12 +100,6 @@ def _score_of(router: Router) -> str:
     if type(router) is Residual:
         return {"output": "output", "value": "write"}[router.space]
     return "cosine" if type(router) is Cosine else "given"
-
-
-def _gram(mixer: "HAM", state: InPlaceState) -> Tensor:
-    if not torch.compiler.is_compiling() and state.constants["of"] != version(mixer.out.weight):
-        raise ValueError("the output projection has changed since the state was reserved; reserve it anew")
-    return state.constants["gram"]
 
 
 def _scores(mixer: "HAM", x: Tensor, held, layout: Layout, made: tuple[Tensor, ...]) -> Tensor:

@@ -162,7 +162,7 @@ class HAM(GatedDeltaNet):
             sinks = are_sinks(inputs.positions, self.sinks)
             stored, ranks = stored | sinks, scores.masked_fill(sinks, torch.inf)
         v, aux_loss = m.v, None
-        if self.training:
+        if self.training and len(x):  # a mean of no sequence is none
             aux_loss = _sum(self.router.loss(inputs, ranked), self.threshold.loss(always))
             if self.router.trained_by_gate or self.threshold.trained_by_gate:
                 v = v * _straight_through(ranks, of_token).to(v.dtype)[..., None]
@@ -189,7 +189,7 @@ class HAM(GatedDeltaNet):
             made.constants = {"one": made.length.new_ones(N), "none": made.length.new_zeros(N, self.num_heads)}
             if type(self.router) is Residual and self.router.space == "output":  # `RouterInputs.gram`
                 weight = self.output_weight().to(made.held.recurrent.dtype)
-                made.constants |= {"gram": gram(weight).contiguous(), "of": version(self.out.weight)}
+                made.constants |= {"gram": gram(weight).contiguous(), "of": version(self.out.weight), "out": self.out}
         return made
 
     def step(self, x: Tensor, state: InPlaceState, layout: Layout) -> MixerOutput:
@@ -227,7 +227,7 @@ class HAM(GatedDeltaNet):
     def _score(self, inputs: RouterInputs) -> tuple[Tensor, RouterState | None]:
         """Scores (B, T, H) in float32 and what the router remembers; the first ones are examined."""
         x = inputs.x.detach()
-        first = not (self._examined or torch.compiler.is_compiling() or x.is_meta) and x.shape[1] > 1
+        first = not (self._examined or torch.compiler.is_compiling() or x.is_meta) and len(x) and x.shape[1] > 1
         if first and x.isfinite().all():  # else the router is not to blame
             examine(self.router, inputs)
             self._examined = True

@@ -67,12 +67,23 @@ class InPlaceState:
 
         Raises:
             RuntimeError: keys and values were not kept, as there was no place for them.
+            ValueError: the weights that the state was reserved for have changed.
         """
+        self.check_weights()
         caches = self.held.caches
         if lost := sum(int(cache.pages.lost) for cache in caches):
             raise RuntimeError(f"the cache of fixed capacity was full: {lost} keys and values were not kept")
         self.room = min((cache.pages.room() for cache in caches), default=sys.maxsize)
         return self.room
+
+    def check_weights(self) -> None:
+        """Under torch.compile and in a CUDA graph a step cannot ask this itself.
+
+        Raises:
+            ValueError: the weights that the state was reserved for have changed.
+        """
+        if "out" in self.constants and self.constants["of"] != version(self.constants["out"].weight):
+            raise ValueError("the output projection has changed since the state was reserved; reserve it anew")
 
     def take(self, state: MixerState) -> None:
         """What a step made of `held`, into it.

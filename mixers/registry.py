@@ -40,8 +40,10 @@ def unknown(what: str, value: str, known: Iterable[str], *, of: str = "", hints:
 
 
 def check_positive(**sizes: int) -> None:
-    """SpecError unless every size is at least 1."""
+    """SpecError unless every size is a whole number of at least 1."""
     for name, value in sizes.items():
+        if isinstance(value, float):
+            raise SpecError(f"{name} must be a whole number, got {value}")
         if value < 1:
             raise SpecError(f"{name} must be at least 1, got {value}")
 

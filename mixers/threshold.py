@@ -167,7 +167,8 @@ class Threshold(nn.Module):
         after this call, so that all layers of a step have the same. Activation checkpointing runs layers again in the
         backward pass, where tau must be what it was in the forward pass, so those calls are not counted.
         """
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        recomputed = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if recomputed or not scores.numel():
             return
         if layer in self._pending and self.micro_batches == 1:
             self.close_step()

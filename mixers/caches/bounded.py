@@ -142,7 +142,7 @@ class BoundedCache:
 
         row, new = torch.arange(len(k), device=k.device), real.sum(1)
         kept = kept[row, (recent + new - stays).clamp(min=0)]
-        order = (~kept).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(kept.sum(1).max())]
+        order = (~kept).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(kept.sum(1).tolist(), default=0)]
         last = (held + recent + new)[:, None] + torch.arange(-stays, 0, device=k.device)
         exists, order = last >= held, torch.cat([order, last.clamp(min=0)], 1)
         k, v = (x.gather(1, order[..., None].expand(-1, -1, x.shape[-1])) for x in (k, v))

@@ -317,6 +317,7 @@ def test_mistakes():
             (lambda: other(x[:, :1], state), "the state is of another mixer"),
             (lambda: other.reserve(state, 4), "the state is of another mixer"),
             (lambda: mixer.reserve(mixer.init_state(2), 0), "tokens must be at least 1, got 0"),
+            (lambda: mixer.reserve(mixer.init_state(2), 1.5), "tokens must be a whole number, got 1.5"),
             (lambda: mixer.reserve(mixer.init_state(2), 1, 1.5), "kv_usage must be a number from 0 to 1, got 1.5"),
         ):
             with pytest.raises(ValueError, match=message):
@@ -335,5 +336,10 @@ def test_another_output_projection_is_noticed(triton):
         state = mixer.reserve(mixer.init_state(1), 4)
         mixer(torch.randn(1, 1, 8), state)
         mixer.out.weight.mul_(2)
-        with pytest.raises(ValueError, match="the output projection has changed since the state was reserved"):
-            mixer(torch.randn(1, 1, 8), state)
+        for late in (
+            lambda: mixer(torch.randn(1, 1, 8), state),
+            state.check,
+        ):  # a compiled step cannot ask: `check` does
+            with pytest.raises(ValueError, match="the output projection has changed since the state was reserved"):
+                late()
+        mixer.reserve(state, 4).check()

@@ -147,6 +147,17 @@ def test_no_tokens(case):
         assert out.state is state
 
 
+@every_case
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.filterwarnings("ignore:the KV threshold has seen no training step")
+def test_no_sequences(case, training):
+    mixer = made(case).train(training)
+    for state in (None, mixer.init_state(0), None):
+        out = mixer(tokens(0, 0, 5), state)
+        assert out.hidden.shape == (0, 5, DIM)
+        assert out.aux_loss is None
+
+
 class TestUsage:
     @every_ham
     def test_at_0_it_is_its_recurrent_mixer(self, case):
