@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.delta_rule import triton_backward as backward_kernels
 from kernels.delta_rule import triton_forward as forward_kernels
-from kernels.delta_rule.triton_sizes import chunk_size, constants, fit
+from kernels.delta_rule.triton_sizes import chunk_size, constants, fit, scan_block
 from kernels.dispatch import interpreted
 from kernels.launch import on
 from kernels.sequences import Layout
@@ -101,11 +101,12 @@ def _states(k, v, g, beta, initial, chunks, offsets, x, u, final, C: int, delta:
     (_, H, K), V, options = k.shape, v.shape[-1], constants(v, k.shape[-1], C) | dict(DELTA=delta)
     u = torch.empty_like(v) if u is None else u
     w, starts = torch.empty_like(k) if delta else k, v.new_empty(len(chunks), H, K, V)
-    run, blocks = forward_kernels, -(-V // options["BV"])
+    e, N, run = torch.empty_like(g), len(offsets) - 1, forward_kernels
+    narrow = dict(BV=scan_block(options["BV"], V, N * H))
     with on(v):
-        run.prepare[len(chunks), H](k, v, g, beta, chunks, x, w, u, H, **options, **fit("prepare", v, K))
-        run.scan[(len(offsets) - 1) * blocks, H](
-            k, g, w, u, chunks, offsets, initial, starts, final, H, **options, **fit("scan", v, K)
+        run.prepare[len(chunks), H](k, v, g, beta, chunks, e, x, w, u, H, **options, **fit("prepare", v, K))
+        run.scan[N * -(-V // narrow["BV"]), H](
+            k, g, e, w, u, chunks, offsets, initial, starts, final, H, **options | narrow, **fit("scan", v, K)
         )
     return u, starts
 
@@ -137,7 +138,8 @@ def _backward(
     x, ha, hq = (v.new_empty(len(chunks), H, C, C) for _ in range(3))
     dp = do if dp is None else dp  # a pointer that is not read
     dq, dk, dv, dg, d_beta, d_initial = _gradients(q, k, v, g, beta, offsets)
-    blocks = -(-V // options["BV"])
+    N = len(offsets) - 1
+    narrow = dict(BV=scan_block(options["BV"], V, N * H))
     part = min(64, options["BK"])  # of K, that a program of gradients_k takes
     parts = -(-K // part)
     dg_parts = g.new_empty(parts, *g.shape)
@@ -147,9 +149,9 @@ def _backward(
         run.prepare_back[len(chunks), H](
             q, k, g, x, do, dp, chunks, xe, w, scale, H, **options, **fit("prepare_back", v, K)
         )
-        run.scan_back[(len(offsets) - 1) * blocks, H](
+        run.scan_back[N * -(-V // narrow["BV"]), H](
             q, k, g, beta, do, dp, xe, w, chunks, offsets, d_final, d_next, d_initial, scale, H,
-            **options, **fit("scan_back", v, K),
+            **options | narrow, **fit("scan_back", v, K),
         )  # fmt: skip
         run.gradients_v[len(chunks), H](
             q, k, v, g, beta, u, w, starts, do, dp, chunks, dv, d_beta, ha, hq, scale, H,

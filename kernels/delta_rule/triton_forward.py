@@ -103,17 +103,20 @@ def sums(g, t, live, h, H):
 
 @triton.jit
 def prepare(
-    k, v, g, beta, chunks, x, w, u, H,
+    k, v, g, beta, chunks, e, x, w, u, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, DELTA: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks, H): X beta f K -> w (T, H, K), X beta V -> u (T, H, V), and X -> x (chunks, H, C, C) if wanted."""
+    """Grid (chunks, H): X beta f K -> w (T, H, K), X beta V -> u (T, H, V), e -> e (T, H), and X -> x (chunks, H, C, C)
+    if wanted.
+    """
     c, h = tl.program_id(0), tl.program_id(1)
     start, stop = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
     if start < stop:
         i, d = tl.arange(0, C), tl.arange(0, BK)
         t, live = start + i, start + i < stop
-        D, f, _, _ = decays(sums(g, t, live, h, H), C, ACC)
+        D, f, to_end, _ = decays(sums(g, t, live, h, H), C, ACC)
+        tl.store(e + t.to(tl.int64) * H + h, to_end, mask=live)
         strength = scalars_of(beta, t, live, h, H).to(ACC)
         keys = rows_of(k, t, live, h, H, K, d)
         if DELTA:
@@ -126,24 +129,24 @@ def prepare(
             fk = (keys * f[:, None]).to(k.dtype.element_ty)
             put_rows(w, tl.dot(Xb, fk, input_precision=PRECISION), t, live, h, H, K, d)
         for first in tl.static_range(0, V, BV):
-            e = first + tl.arange(0, BV)
-            values = rows_of(v, t, live, h, H, V, e)
+            j = first + tl.arange(0, BV)
+            values = rows_of(v, t, live, h, H, V, j)
             U = tl.dot(Xb, values, input_precision=PRECISION) if DELTA else values * strength[:, None]
-            put_rows(u, U, t, live, h, H, V, e)
+            put_rows(u, U, t, live, h, H, V, j)
 
 
 @triton.jit
 def scan(
-    k, g, w, u, chunks, offsets, initial, starts, final, H,
+    k, g, e, w, u, chunks, offsets, initial, starts, final, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, DELTA: tl.constexpr,
 ):  # fmt: skip
     """Grid (N * V / BV, H): states at the start of every chunk -> starts (chunks, H, K, V); u becomes U; -> final."""
     n, block, h = tl.program_id(0) // tl.cdiv(V, BV), tl.program_id(0) % tl.cdiv(V, BV), tl.program_id(1)
     i, d = tl.arange(0, C), tl.arange(0, BK)
-    e = block * BV + tl.arange(0, BV)
-    inside = (d < K)[:, None] & (e < V)[None, :]
-    cell = d[:, None] * V + e[None, :]
+    j = block * BV + tl.arange(0, BV)
+    inside = (d < K)[:, None] & (j < V)[None, :]
+    cell = d[:, None] * V + j[None, :]
     S = state_of(initial, (n.to(tl.int64) * H + h) * K * V + cell, inside, ACC)
     first, end = tl.load(offsets + n), tl.load(offsets + n + 1)
     for step in range(0, end - first):
@@ -152,15 +155,16 @@ def scan(
         t, live = start + i, start + i < stop
         state = S.to(k.dtype.element_ty)
         tl.store(starts + (c.to(tl.int64) * H + h) * K * V + cell, state, mask=inside)
-        U = rows_of(u, t, live, h, H, V, e)
+        U = rows_of(u, t, live, h, H, V, j)
         if DELTA:
             XK = rows_of(w, t, live, h, H, K, d)
             U = (U - tl.dot(XK, state, input_precision=PRECISION)).to(k.dtype.element_ty)
-            put_rows(u, U, t, live, h, H, V, e)
-        b = sums(g, t, live, h, H)
-        last = tl.sum(tl.where(i == C - 1, b, 0.0), 0)
-        ek = rows_of(k, t, live, h, H, K, d) * tl.exp((last - b).to(ACC))[:, None]
-        S = S * tl.exp(last.to(ACC)) + tl.dot(tl.trans(ek.to(k.dtype.element_ty)), U, input_precision=PRECISION)
+            put_rows(u, U, t, live, h, H, V, j)
+        at = start.to(tl.int64) * H + h
+        f_C = tl.load(e + at) * tl.exp(tl.load(g + at).to(ACC))  # of the first token: to the end, and from the start
+        eU = (U * scalars_of(e, t, live, h, H)[:, None]).to(k.dtype.element_ty)
+        keys = rows_of(k, t, live, h, H, K, d)
+        S = S * f_C + tl.dot(tl.trans(keys), eU, input_precision=PRECISION)
     if final is not None:
         tl.store(final + (n.to(tl.int64) * H + h) * K * V + cell, S.to(final.dtype.element_ty), mask=inside)
 

@@ -11,6 +11,8 @@ from kernels.dispatch import interpreted
 from kernels.launch import warpgroups
 
 HALF = (torch.float16, torch.bfloat16)
+FEW = 128
+"""Fewer programs leave some of a large GPU idle."""
 
 
 def chunk_size(dtype: torch.dtype, K: int, V: int, device: torch.device) -> int:
@@ -37,6 +39,11 @@ def constants(v: Tensor, K: int, C: int) -> dict:
         ACC=tl.float64 if v.dtype == torch.float64 else tl.float32,
         PRECISION="ieee" if exact else "tf32" if v.dtype in HALF else "tf32x3",
     )
+
+
+def scan_block(BV: int, V: int, states: int) -> int:
+    """Columns of a state that a program of a scan takes: half a block where the programs would be few."""
+    return 32 if BV == 64 and states * -(-V // BV) < FEW else BV
 
 
 def fit(kernel: str, v: Tensor, K: int) -> dict:

@@ -94,7 +94,7 @@ def compile_for(capability: int, K: int, dtype: torch.dtype) -> list[dict[str, A
 
 def _launches(K: int, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
     from kernels import decoding
-    from kernels.delta_rule import triton_chunks, triton_recurrent
+    from kernels.delta_rule import triton_chunks, triton_recurrent, triton_sizes
     from kernels.output_norm import triton_gram
     from kernels.paged_attention import PagedCache, triton_pages
     from kernels.read_out import triton_rows
@@ -141,7 +141,11 @@ def _launches(K: int, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
             mixer = build_mixer(name, dim=H * K, num_heads=H, head_dim=K, **options).to(dtype).eval()
             mixer(torch.zeros(B, 1, H * K, dtype=dtype), mixer.reserve(mixer.init_state(B), tokens=1))
 
-    yield "delta_rule (gradient of the prediction)", lambda: delta_rule("values")
+    def wide() -> None:
+        with patch.object(triton_sizes, "FEW", 0):
+            delta_rule("values")
+
+    yield "delta_rule (gradient of the prediction)", wide
     yield "delta_rule (statistics)", lambda: delta_rule("statistics")
 
     def mix(*more: torch.Tensor) -> None:

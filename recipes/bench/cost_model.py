@@ -14,12 +14,12 @@ OF_RECIPES += ("match", "match_to")
 CHUNK = 64  # tokens of a chunk of the delta rule
 STATE_BYTES = 4  # of a number of the recurrent state, of g, of beta and of a score: float32
 
-STATES = {"prepare": dict(K=2, V=2, scalars=2), "scan": dict(K=2, V=2, S=1, scalars=1)}
+STATES = {"prepare": dict(K=2, V=2, scalars=3), "scan": dict(K=2, V=2, S=1, scalars=1)}
 LAUNCHES = {
     "forward": STATES | {"read": dict(K=2, V=2, S=1, scalars=1)},
     "backward": STATES
     | {
-        "prepare": dict(K=2, V=2, C=1, scalars=2),
+        "prepare": dict(K=2, V=2, C=1, scalars=3),
         "prepare_back": dict(K=3, V=2, C=1, scalars=1),
         "scan_back": dict(K=3, V=3, S=1, scalars=2),
         "gradients_v": dict(K=1, V=5, S=1, C=2, scalars=3),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from kernels import dispatch
-from kernels.delta_rule import BACKENDS, gated_delta_rule, torch_chunks, triton_chunks
+from kernels.delta_rule import BACKENDS, gated_delta_rule, torch_chunks, triton_chunks, triton_sizes
 from kernels.delta_rule.triton_forward import inverse
 from kernels.sequences import Layout
 from tests.kernels.delta_rule_cases import lengths_of_documents, make, small_shapes
@@ -180,6 +180,13 @@ def test_triton_at_the_sizes_that_models_have(K, V, C, no_stale_memory, monkeypa
     monkeypatch.setattr(triton_chunks, "chunk_size", lambda *size: C)
     inputs = make(T=75, H=1, K=K, V=V)
     compare(run(inputs, backend="triton"), run(inputs, backend="naive"), 1e-9)
+
+
+@pytest.mark.parametrize(("few", "block"), [(0, 64), (3, 32)])
+def test_few_programs_take_narrower_blocks(few, block, monkeypatch):
+    monkeypatch.setattr(triton_sizes, "FEW", few)
+    assert triton_sizes.scan_block(64, 100, 1) == block
+    assert triton_sizes.scan_block(32, 100, 1) == 32
 
 
 @pytest.mark.parametrize("keys", ["any", "alike"])

@@ -64,7 +64,7 @@ class Launch:
         return self.launch
 
     def launch(self, *args, PREDICT=0, **options):
-        unread = {"read": [{"v", "p"}, {"v"}, ()][PREDICT], "gradients_v": {"q"}}
+        unread = {"read": [{"v", "p"}, {"v"}, ()][PREDICT], "gradients_v": {"q"}, "scan": {"g"}}
         for name, x in zip(self.names, args, strict=False):
             if isinstance(x, torch.Tensor) and x.is_floating_point() and name not in {"dp", *unread.get(self.name, ())}:
                 twice = (self.name, name) in {("scan", "u"), ("scan_back", "w")}  # completed in place
