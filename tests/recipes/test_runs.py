@@ -162,14 +162,17 @@ def test_checkpoint_of_a_python_program(run, here, tiny):
     assert "gated_delta_net, not ham" in run("test --ckpt_path mine.ckpt --mixer ham").error
 
 
-def test_sigterm(run, here, tiny, monkeypatch):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1], ids=lambda signum: signum.name)
+def test_a_signal_saves_and_stops(run, here, tiny, monkeypatch, signum):
+    handler = signal.getsignal(signum)
+
     def interrupt(self, trainer, *args):
         if trainer.global_step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signum)
 
     monkeypatch.setattr(ValidateAtEnd, "on_train_batch_end", interrupt)
     result = run(f"fit {tiny}")
-    assert result.code == 143
+    assert result.code == 128 + signum and signal.getsignal(signum) is handler
     assert "go on with\n  python -m recipes fit --ckpt_path runs/ham-text-1/checkpoints/" in result.out
     saved = torch.load("runs/ham-text-1/checkpoints/last.ckpt", weights_only=True)
     assert saved["global_step"] == 2
