@@ -17,6 +17,7 @@ from lit_modules.metrics import KVUsage
 from lit_modules.on_nonfinite import OnNonFinite
 from lit_modules.run_stats import RunStats
 from mixers.backbone import Decoder, DecoderOutput
+from mixers.processes import processes
 from mixers.registry import MIXERS, SpecError, check_range, parse_pattern
 from mixers.threshold import check_usage, set_kv_usage, thresholds_of, usage_per_sequence
 
@@ -236,7 +237,7 @@ class SequenceModule(pl.LightningModule):
             self.last_batch = batch
         if self.budget and self.decoder.training:
             count = len(tokens) if cu_seqlens is None else len(cu_seqlens) - 1
-            usages = self.budget.draw(count, rank=self.global_rank).to(tokens.device)
+            usages = self.budget.draw(count, rank=self.global_rank, processes=processes()).to(tokens.device)
             budgets = usage_per_sequence(self.decoder, usages)
         with budgets:
             return self.decoder(tokens, cu_seqlens=cu_seqlens, padding_mask=batch.get("padding_mask"))

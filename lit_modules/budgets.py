@@ -42,14 +42,15 @@ class AnyBudget:
         if not isinstance(self.allocate, bool):
             raise SpecError(f"allocate of budget 'any' must be true or false, got {self.allocate!r}")
 
-    def draw(self, count: int, *, rank: int = 0) -> Tensor:
+    def draw(self, count: int, *, rank: int = 0, processes: int = 1) -> Tensor:
         """KV usages (count,) of sequences, float32, on the CPU.
 
-        The processes of a distributed run, whose random states are the same and stay the same, each get their own.
+        The processes of a distributed run, whose random states are the same and stay the same, each get their own:
+        every n-th of those that one process would draw for all.
         """
         rest = 1 - self.zero - self.one
-        seed = int(torch.randint(2**62, ()))
-        place = torch.rand(count, generator=torch.Generator().manual_seed(seed + rank), dtype=torch.float32) - self.zero
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        place = torch.rand(count, processes, generator=generator, dtype=torch.float32)[:, rank] - self.zero
         if rest < 1e-6:  # 1 - 0.8 - 0.2 is a little less than 0
             return (place >= 0).float()
         return (place / rest).clamp(0, 1)

@@ -16,10 +16,11 @@ from tqdm.auto import tqdm
 
 from mixers.base import Mixer
 from mixers.calibration import calibrate
+from mixers.processes import mean_over_ranks
 from mixers.quantiles import INFINITE
 from mixers.registry import SpecError
 from mixers.sharing import routing_mixers
-from mixers.threshold import Threshold, check_usage, mean_over_ranks
+from mixers.threshold import Threshold, check_usage
 
 USAGES = (1 / 16, 1 / 8, 1 / 4)
 MIN_GAIN = 1e-3  # of the loss: less than that is not worth a bias

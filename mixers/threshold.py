@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from kernels.sequences import Layout
+from mixers.processes import pooled_over_ranks, processes, several_processes
 from mixers.quantiles import LARGEST, LEVELS, averaged, fault, quantiles, value_above
 from mixers.registry import DescribesMixers, SpecError, check_range, unknown
 
-SAMPLE = 8192  # tokens of a step that a layer's quantiles are taken from
+SAMPLE = 8192  # tokens of a step, of all ranks, that a layer's quantiles are taken from
 CHECK_EVERY = 64  # steps; looking at the scores makes a GPU wait
 SCOPES = ("model", "layer", "head")
 
@@ -174,7 +175,7 @@ class Threshold(nn.Module):
             self.close_step()
         self._counted = None
         tokens = scores.detach().float().flatten(0, 1)
-        sample = max(1, SAMPLE // self.micro_batches)
+        sample = max(1, SAMPLE // (self.micro_batches * processes()))
         if len(tokens) > sample:  # at steps of the golden ratio: even steps could hit the keys alone of key-value pairs
             place = torch.arange(sample, device=tokens.device, dtype=torch.double) * 0.6180339887498949
             tokens = tokens[(place % 1 * len(tokens)).long()]
@@ -182,17 +183,17 @@ class Threshold(nn.Module):
 
     @torch.no_grad()
     def close_step(self) -> None:
-        """Fold the scores of the step under way into the table; all ranks share the mean of their quantiles."""
+        """Fold the scores of the step under way, those of all ranks as one, into the table."""
         if not self._pending:
             return
         scores = list(self._pending.values())
         self._pending, self._counted = {}, None
         grouped = torch.cat(scores).T if self.scope == "head" else torch.cat([s.flatten() for s in scores])[None]
+        grouped = pooled_over_ranks(grouped)
         finite = grouped.nan_to_num(0.0, LARGEST, -LARGEST)
         table = quantiles(finite)
         if self.router and not torch.compiler.is_compiling():
             self._warn_of_ties(grouped, table)
-        table = mean_over_ranks(table)
         weight = 1 / (self.steps + 1).to(self.table)  # a tensor: reading it would make a GPU wait
         if not self.averaging:
             weight = weight.clamp(min=1 - self.momentum)
@@ -219,8 +220,8 @@ class Threshold(nn.Module):
         """Move what the kind of threshold moves, given the step's scores (groups, n)."""
 
     def usage_gap(self, scores: Tensor, tau: Tensor) -> Tensor:
-        """Usage of scores (groups, n) at tau less the usage asked for, over all ranks; (groups,)."""
-        return mean_over_ranks((scores > tau[:, None]).float().mean(1)) - self.kv_usage
+        """Usage of scores (groups, n) at tau less the usage asked for; (groups,)."""
+        return (scores > tau[:, None]).float().mean(1) - self.kv_usage
 
     def loss(self, scores: Tensor) -> Tensor | None:
         """A scalar that trains the threshold, or None."""
@@ -325,19 +326,6 @@ class Learned(Threshold):
         if self.steps:
             with torch.no_grad():
                 self.current.copy_(self.quantile(self.kv_usage))
-
-
-def several_processes() -> bool:
-    """Whether thresholds have to agree with those of other processes."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def mean_over_ranks(x: Tensor) -> Tensor:
-    """The mean of x over all processes; it may be changed in place."""
-    if several_processes():
-        torch.distributed.all_reduce(x)
-        x = x / torch.distributed.get_world_size()
-    return x
 
 
 def check_usage(kv_usage: float) -> float:

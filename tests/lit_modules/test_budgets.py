@@ -21,10 +21,12 @@ def test_processes_draw_apart_and_stay_in_step():
     budget, drawn = build_budget("any"), []
     for rank in (0, 1):
         torch.manual_seed(0)
-        first = budget.draw(50 + rank, rank=rank)  # packed rows hold as many sequences as they do
+        first = budget.draw(50 + rank, rank=rank, processes=2)  # packed rows hold as many sequences as they do
         drawn.append((first[:50], torch.rand(3)))
     (one, then), (other, later) = drawn
     assert not torch.equal(one, other) and torch.equal(then, later)
+    torch.manual_seed(0)
+    assert torch.equal(budget.draw(100), torch.stack([one, other], 1).flatten())
 
 
 def test_names_and_mistakes():

@@ -37,10 +37,22 @@ def taus(rank):
         yield threshold.tau().item()
 
 
+def seen(rank):
+    """Scores of a rank: unlike those of the other, and not as many."""
+    return torch.linspace(0, 1 + rank, 40 + 60 * rank).square()[None, :, None]
+
+
+def pooled(*scores, scope="model"):
+    threshold = THRESHOLDS.build("calibrated", 1, kv_usage=0.3, scope=scope)
+    threshold.observe(0, torch.cat(scores, 1))
+    threshold.close_step()
+    return threshold.table
+
+
 def run_rank(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    found = {"taus": list(taus(rank))}
+    found = {"taus": list(taus(rank)), "tables": [pooled(seen(rank), scope=scope) for scope in ("model", "head")]}
     mesh = init_device_mesh("cpu", (2,))
     model = make()
     for block in model.blocks:
@@ -57,6 +69,8 @@ def test_two_processes_do_as_one(tmp_path):
     mp.spawn(run_rank, (tmp_path,), nprocs=2)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert [one["taus"] for one in found] == [[0.5, 0.75]] * 2  # tau lies between; half of all tokens are stored
+    for one in found:
+        assert all(torch.equal(table, pooled(seen(0), seen(1))) for table in one["tables"])
     model = make()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     step(model, tokens())

@@ -1,6 +1,5 @@
 """More processes change how a model is trained, not what it learns."""
 
-import csv
 import os
 import subprocess
 import sys
@@ -10,34 +9,66 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-FIXED = '--model.mixer.threshold {"name":"fixed","tau":0.2}'  # a table is pooled over ranks as the mean of theirs
-SHARDED = "--trainer.accelerator cpu --devices 2 --strategy fsdp2"
+DATA = f"--plugin {Path(__file__).with_name('total_batch.py')} --data total_batch.TotalBatch --mixer ham --kv_usage 0.5"
+RUN = "--trainer.enable_progress_bar false --logger csv"
+ALLOCATED = '--budget {"name":"any","zero":0,"one":1}'  # draws no random numbers: those of one process are others
+RECORD = "--trainer.callbacks+=total_batch.Record --trainer.callbacks.name"
+PROCESSES = "--trainer.accelerator cpu --devices"
 
 
-def weights(number, folder=Path()):
-    return torch.load(folder / f"runs/ham-text-{number}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
-
-
-def test_two_sharded_processes_do_as_one_with_twice_the_batch(run, here, tiny):
-    command = f"{tiny} {FIXED} --steps 4 --data.validation_tokens 192"  # three batches: one of them is there twice
-    sharded = f"{SHARDED} --trainer.strategy.save_distributed_checkpoint false"
+def elsewhere(line):
+    """The command in processes of its own, which `--devices` are."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", "recipes", "fit", *f"{command} {sharded}".split()]
-    done = subprocess.run(words, cwd=here, env=environment, capture_output=True, text=True, timeout=300)
+    words = [sys.executable, "-m", "recipes", *line.split()]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
-    assert "sample" in done.stdout and done.stdout.count("validation after 4 steps") == 1
-    result = run(f"fit {command} --trainer.accumulate_grad_batches 2 --trainer.val_check_interval 8")
-    assert result.code == 0, result.err
-    ours, theirs = weights(1), weights(2)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        if "threshold" not in name:
-            apart = (ours[name] - theirs[name]).abs()  # AdamW moves by .003 where the gradient is but rounding, too
-            assert apart.mean() < 2e-5 and apart.max() < 2e-3, name
+    return done.stdout
 
-    rows = [row for row in csv.DictReader((here / "runs/ham-text-1/metrics.csv").open()) if row["val/loss"]]
-    result = run("validate --ckpt_path runs/ham-text-1/checkpoints/last.ckpt")
-    cells = [line.replace("│", " ").split() for line in result.out.splitlines() if "val/" in line]
-    alone = {name: float(value) for name, value in cells}
-    for name in ("val/loss", "val/accuracy", "val/kv_usage"):
-        assert float(rows[-1][name]) == pytest.approx(alone[name], rel=1e-4), name
+
+def records(name, processes=1):
+    return [torch.load(f"{name}-{rank}.pt") for rank in range(processes)]
+
+
+def assert_same(found, expected):
+    for name in ("losses", "usage", "validation"):
+        assert found[name] == pytest.approx(expected[name], rel=0, abs=1e-5), name
+    for name in ("tables", "head_bias"):
+        for x, y in zip(found[name], expected[name], strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "steps", "budget"),
+    [
+        ("ddp", 3, ""),
+        ("fsdp2", 3, ""),
+        pytest.param("ddp", 20, "", marks=pytest.mark.slow),
+        pytest.param("fsdp2", 20, "", marks=pytest.mark.slow),
+        pytest.param("ddp", 3, ALLOCATED, marks=pytest.mark.slow),
+        pytest.param("fsdp2", 3, ALLOCATED, marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_do_as_one(strategy, steps, budget, run, here):
+    """In losses, thresholds, allocation, usage and validation; and either goes on from the other's checkpoint."""
+    precision = {"ddp": "64-true", "fsdp2": "32-true"}[strategy]  # Lightning's FSDP2 has no float64
+    fit = f"fit {DATA} {RUN} --precision {precision} --steps {steps} {budget}"
+    assert run(f"{fit} {RECORD}=one").code == 0
+    out = elsewhere(f"{fit} {RECORD}=two {PROCESSES} 2 --strategy {strategy}")
+    assert out.count(f"validation after {steps} steps") == 1
+    (one,), two = records("one"), records("two", 2)
+    assert one["allocated"] == bool(budget) and len(one["losses"]) == steps
+    for found in two:
+        assert_same(found, one)
+        assert found["losses"] == two[0]["losses"] and found["usage"] == two[0]["usage"]
+        assert all(map(torch.equal, found["tables"], two[0]["tables"]))
+
+    first, second = (f"runs/ham-totalbatch-{number}/checkpoints/last.ckpt" for number in (1, 2))
+    more = f"--plugin {ROOT}/tests/recipes/total_batch.py --steps {steps + 2} --trainer.callbacks+=total_batch.Record"
+    for name, path in (("first", first), ("second", second)):
+        result = run(f"fit {more} --trainer.callbacks.name={name} --strategy auto --devices 1 --ckpt_path {path}")
+        assert result.code == 0, result.err
+    elsewhere(f"fit {more} --trainer.callbacks.name=third {PROCESSES} 1 --strategy {strategy} --ckpt_path {first}")
+    (expected,) = records("first")
+    assert len(expected["losses"]) == 2
+    for name in ("second", "third"):
+        assert_same(records(name)[0], expected)
