@@ -66,3 +66,25 @@ def test_the_delta_rule_keeps_its_inputs(predict, cu_seqlens):
     ours, more = kept(lambda: triton_chunks.gated_delta_rule(q, k, v, g, beta, **options), q, k, v, g, beta)
     assert ours == 3 * ROW + 8
     assert more < 0.1
+
+
+def test_attention_keeps_its_inputs_its_output_and_what_a_query_sees():
+    """The log of the softmax's sum, a stored token's place and two ranks of a token and head; its document's bounds."""
+    q, k, v = (draw(1, T, H, K) for _ in range(3))
+    layout, stored = Layout.of(None, v), torch.empty(1, T, H, dtype=torch.bool)
+    options = dict(bias=None, scale=1.0, layout=layout, window=0)
+    ours, more = kept(lambda: (triton_ranked.routed_attention(q, k, v, stored, **options),), q, k, v)
+    assert ours == 3 * ROW
+    assert more == pytest.approx(ROW + 4 + 3 * 4 + 2 * 4 / H, abs=0.01)
+
+
+def test_the_convolution_and_the_read_out_keep_their_inputs():
+    x, weight = draw(1, T, 3 * H * K), draw(4, 3 * H * K, dtype=torch.float32)
+    layout = Layout.of(None, x)
+    ours, more = kept(lambda: triton_heads.heads(x, weight, layout, [H * K] * 3, [K] * 3), x)
+    assert ours == 3 * ROW
+    assert more == pytest.approx((4 * T + weight.nbytes) / (T * H))  # positions, which all layers share
+    r, a, z, gates = draw(1, T, H, K), draw(1, T, H, K), draw(1, T, H * K), draw(1, T, 2 * H)
+    weight = draw(K)
+    ours, more = kept(lambda: (triton_rows.read_out(r, weight, 1e-5, z, a, gates),), r, z, a, gates, weight)
+    assert ours == pytest.approx(3 * ROW + 2 * 2, abs=0.01) and more == 0
