@@ -52,24 +52,25 @@ class Unwritten(HAM):
             tau = self.threshold.tau_per_sequence(layout)
         sinks = are_sinks(layout.positions_after(None if state is None else state.length), self.sinks)
         tau = (tau - self.head_bias).expand_as(m.beta).masked_fill(sinks, -torch.inf)
-        written, stored = _scan(m, gram(self.output_weight().to(m.beta)), tau, before, layout)
+        written, stored = _scan(m, self.output_weight(), tau, before, layout)
         options = dict(scale=1.0, cu_seqlens=layout, backend=self.memory.backend, predict="none")
         read, _, recurrent = gated_delta_rule(m.q, m.k, m.v, m.g, m.beta * ~stored, initial_state=before, **options)
         return replace(m, read=read, prediction=written, recurrent=recurrent)
 
 
 @torch.no_grad()
-def _scan(m: MemoryRead, gram: Tensor, tau: Tensor, state: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
+def _scan(m: MemoryRead, weight: Tensor, tau: Tensor, state: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
     """What each token would write (B, T, H, V), and whether its size is above tau (B, T, H), so that it is not."""
     k, v, g, beta, tau = (layout.pad(part.to(m.beta.dtype)) for part in (m.k, m.v, m.g, m.beta, tau))
     alpha = g.exp()[..., None, None]
     S = k.new_zeros(len(k), *k.shape[2:], v.shape[3]) if state is None else state
     writes, stored = [], []
     with torch.autocast(k.device.type, enabled=False):
+        G = gram(weight.to(beta.dtype))
         for t in range(k.shape[1]):
             S = alpha[:, t] * S
             u = beta[:, t, :, None] * (v[:, t] - (k[:, t, :, None] @ S)[..., 0, :])  # (N, H, V)
-            size = ((u[..., None, :] @ gram)[..., 0, :] * u).sum(-1).clamp(min=0).sqrt()
+            size = ((u[..., None, :] @ G)[..., 0, :] * u).sum(-1).clamp(min=0).sqrt()
             writes.append(u)
             stored.append(size > tau[:, t])
             S = S + k[:, t, :, :, None] * (u * ~stored[t][..., None])[:, :, None]

@@ -73,7 +73,11 @@ def test_a_run_ends_in_one_line_and_its_last_checkpoint_stays(here, line_of, tas
     assert "Traceback" not in said[0]
     (folder,) = here.glob("runs/*/checkpoints")
     last = os.readlink(folder / "last.ckpt")
-    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", last]
-    assert last == "step=2.ckpt" or happens == dead_worker  # whose end may be seen a step later
+    there = {path.name for path in folder.iterdir()}
+    if happens == dead_worker:  # its end may be seen a step later, or before the checkpoint that was last is removed
+        there -= {"step=2.ckpt"} - {last}
+    else:
+        assert last == "step=2.ckpt"
+    assert there == {"last.ckpt", last}
     codes, said = run_apart("fit --ckpt_path last", here)
     assert codes == [0] and f"last.ckpt -> {last}" in said[0], said
