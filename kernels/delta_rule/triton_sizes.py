@@ -55,7 +55,5 @@ def fit(kernel: str, v: Tensor, K: int) -> dict:
     warps = 8 if (heavy and half and hopper) or size > (128 if half else 64) else 4
     stages = 3 if half and hopper and size <= 128 else 2 if half or hopper or size <= 128 else 1
     if hopper and kernel in ("gradients_v", "gradients_k"):
-        stages = (
-            1  # pipelined, they load operands of products that may still be read: triton issue 9433, `kernels.sass`
-        )
+        stages = 1  # pipelined, they overwrite operands that may still be read: triton issue 9433, `kernels.sass`
     return dict(num_warps=warps, num_stages=stages)

@@ -134,10 +134,8 @@ def forward(
             for step in range(0, steps_of(whole == 1, first, last, inner, after, BN)):
                 r = step_at(whole == 1, step, first, inner, after, BN) + n
                 j, there = keys_at(r, last, index, row, T, near == 1)
-                keys, values = (
-                    tile(k, base + j, there, h, H, K, d, whole == 1),
-                    tile(v, base + j, there, h, H, V, e, whole == 1),
-                )
+                keys = tile(k, base + j, there, h, H, K, d, whole == 1)
+                values = tile(v, base + j, there, h, H, V, e, whole == 1)
                 s = logits_of(queries, keys, biases, h, H, j, there, scale, HAS_BIAS, ACC, PRECISION)
                 if whole == 0:
                     see = visible(t, j, r, lo, hi, start, window, near == 1) & there[None, :]
@@ -178,10 +176,8 @@ def backward_q(
             for step in range(0, steps_of(whole == 1, first, last, inner, after, BN)):
                 r = step_at(whole == 1, step, first, inner, after, BN) + n
                 j, there = keys_at(r, last, index, row, T, near == 1)
-                keys, values = (
-                    tile(k, base + j, there, h, H, K, d, whole == 1),
-                    tile(v, base + j, there, h, H, V, e, whole == 1),
-                )
+                keys = tile(k, base + j, there, h, H, K, d, whole == 1)
+                values = tile(v, base + j, there, h, H, V, e, whole == 1)
                 s = logits_of(queries, keys, biases, h, H, j, there, scale, HAS_BIAS, ACC, PRECISION)
                 p = tl.exp2(s - log_sum[:, None])
                 if whole == 0:
