@@ -34,6 +34,7 @@ def compare(
     steps: int | None = None,
     seeds: int = 5,
     learning_rates: list[float] | None = None,
+    rate_seeds: int = 0,
     test_usages: list[float] | None = None,
     match: str | None = None,
     match_to: str = "ham",
@@ -63,6 +64,7 @@ def compare(
         seeds: runs of every contestant; seed i draws the same data for all.
         learning_rates: trains every contestant at each of them; of each, the one that is best on the validation split
             goes into the table and the plots, and all go into results.json.
+        rate_seeds: seeds that all learning rates are tried on; the other seeds are trained at the best alone. 0: all.
         test_usages: KV usages at which each trained model that has one is tested as well; they are drawn in curve.png.
         match: parameters or flops: gives every contestant MLPs as wide as it takes to have as many as with `match_to`.
         match_to: the mixer, or pattern, of the model that is matched.
@@ -74,12 +76,14 @@ def compare(
             curves.png (the training losses).
     """
     from mixers.threshold import check_usage
-    from recipes.compare.report import redraw_plots, report
+    from recipes.compare.report import at_best_rate, redraw_plots, report
 
     if redraw:
         return redraw_plots(Path(redraw))
     check_positive(seeds=seeds, **({} if steps is None else {"steps": steps}))
-    check_range(0, jobs=jobs)
+    check_range(0, jobs=jobs, rate_seeds=rate_seeds)
+    if rate_seeds and not learning_rates:
+        raise SpecError("--rate_seeds is of --learning_rates; give these, too")
     from recipes.compare.run import settings_of
     from recipes.task import sized
 
@@ -108,16 +112,28 @@ def compare(
 
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
+    tried = min(rate_seeds or seeds, seeds)
+    rows = _trained([cell | settings | {"seed": seed} for seed in range(tried) for cell in cells], folder, jobs)
+    if tried < seeds:
+        best = {label: found["best"] for label, found in at_best_rate(rows, tried)[1].items()}
+        cells = [cell for cell in cells if cell["options"]["learning_rate"] == best.get(cell["label"])]
+        rows += _trained(
+            [cell | settings | {"seed": seed} for seed in range(tried, seeds) for cell in cells], folder, jobs
+        )
+    report(rows, settings, folder, tried)
+
+
+def _trained(wanted: list[dict[str, Any]], folder: Path, jobs: int) -> list[dict[str, Any]]:
+    """The rows of these runs; those that the folder does not have yet are trained, and kept there as they end."""
     log = folder / "runs.jsonl"
     done = _finished(log)
-    wanted = [cell | settings | {"seed": seed} for seed in range(seeds) for cell in cells]
     keys = [_key(run) for run in wanted]
     missing = [run | {"key": key} for run, key in zip(wanted, keys, strict=True) if key not in done]
     for row in train_all(missing, jobs or os.cpu_count() or 1):
         done[row["key"]] = row
         with log.open("a") as file:
             file.write(json.dumps(row) + "\n")
-    report([done[key] for key in keys if key in done], settings, folder)
+    return [done[key] | {"label": run["label"]} for key, run in zip(keys, wanted, strict=True) if key in done]
 
 
 def _matched(cells: list[dict[str, Any]], what: str, to: Spec, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -4,34 +4,37 @@ import json
 import math
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from mixers.registry import SpecError
 from recipes.compare.bytes_plot import draw_bytes
 from recipes.compare.curve import curve_table, draw_curves
-from recipes.compare.plot import CONTROLS, draw, draw_losses, higher_is_better, router_of
+from recipes.compare.gains import over_controls, over_references
+from recipes.compare.plot import draw, draw_losses, higher_is_better
 from recipes.results import markdown_table, stamp, write_json
 
 Row = dict[str, Any]
 
 
-def report(rows: list[Row], settings: dict[str, Any], folder: Path) -> None:
+def report(rows: list[Row], settings: dict[str, Any], folder: Path, tried: int | None = None) -> None:
     """Writes results.json, table.md and the plots into the folder, and prints the table.
 
     Args:
         rows: of all runs.
         settings: that all of them share.
         folder: where to write.
+        tried: see :func:`at_best_rate`.
 
     Raises:
         SpecError: there are no rows.
     """
     if not rows:
         raise SpecError("every run failed; see the messages above")
-    best, rates = at_best_rate(rows)
+    best, rates = at_best_rate(rows, tried)
     by_label = _by_label(best)
-    parts = [table(by_label), unweighed(by_label), part_table(by_label), rate_table(rates), paired(best)]
+    parts = [table(by_label), unweighed(by_label), part_table(by_label), rate_table(rates)]
+    parts += [over_controls(best), over_references(best)]
     text = "\n\n".join(part for part in [*parts, curve_table(by_label)] if part)
     stamped = stamp()  # before the repository is dirty with these files
     (folder / "table.md").write_text(text + "\n")
@@ -76,10 +79,14 @@ def _by_label(rows: list[Row]) -> dict[str, list[Row]]:
     return dict(by_label)
 
 
-def at_best_rate(rows: list[Row]) -> tuple[list[Row], dict[str, Any]]:
+def at_best_rate(rows: list[Row], tried: int | None = None) -> tuple[list[Row], dict[str, Any]]:
     """The runs of every contestant at its best learning rate, that of the best mean on the validation split.
 
     A rate at which seeds failed is not chosen over one at which fewer did.
+
+    Args:
+        rows: of all runs.
+        tried: how many seeds all rates were tried on, whose mean counts; None: all there are.
 
     Returns:
         The runs, and what was compared: label -> {"best": rate, "validation": {rate: mean}}.
@@ -94,7 +101,10 @@ def at_best_rate(rows: list[Row]) -> tuple[list[Row], dict[str, Any]]:
             continue
         metric = runs[0]["metric"]
         sign = 1 if higher_is_better(runs[0]) else -1
-        means = {rate: mean(run["validation"][metric] for run in some) for rate, some in by_rate.items()}
+        means = {
+            rate: mean(run["validation"][metric] for run in some if tried is None or run["seed"] < tried)
+            for rate, some in by_rate.items()
+        }
 
         def merit(rate: float, sign=sign, means=means, by_rate=by_rate) -> tuple[int, float]:
             return len(by_rate[rate]), sign * means[rate] if math.isfinite(means[rate]) else -math.inf
@@ -128,12 +138,36 @@ def table(by_label: dict[str, list[Row]]) -> str:
     """One line a contestant: mean [worst, best] over seeds, usage, size, bytes, time."""
     metric = next(iter(by_label.values()))[0]["metric"]
     rated = any("learning_rate" in runs[0]["options"] for runs in by_label.values())
-    header = ["contestant", f"{metric} [min, max]", "seeds", *(["learning rate"] if rated else []), "KV usage"]
-    header += ["per head, layer by layer", "parameters", "state bytes", "KV bytes", "in pages of 64", "tokens", "s/run"]
-    return markdown_table(header, [_line(label, runs, metric, rated) for label, runs in by_label.items()])
+    header = [
+        "contestant",
+        f"{metric} [min, max]",
+        "seeds",
+        "failed",
+        *(["learning rate"] if rated else []),
+        "KV usage",
+    ]
+    header += [
+        "per head, layer by layer",
+        "parameters",
+        "state bytes",
+        "KV bytes",
+        "in all",
+        "in pages of 64",
+        "tokens",
+    ]
+    low = _failure(by_label)
+    lines = [_line(label, runs, metric, rated, low) for label, runs in by_label.items()]
+    note = f"\n\nfailed: seeds below {low:.3f}, half of what half of all runs reach" if low is not None else ""
+    return markdown_table([*header, "in pages of 64", "tokens", "s/run"], lines) + note
 
 
-def _line(label: str, runs: list[Row], metric: str, rated: bool) -> list[str]:
+def _failure(by_label: dict[str, list[Row]]) -> float | None:
+    """Below this a run failed to train: half of the median over all runs, where more is better."""
+    rows = [run for runs in by_label.values() for run in runs]
+    return median(run[run["metric"]] for run in rows) / 2 if higher_is_better(rows[0]) else None
+
+
+def _line(label: str, runs: list[Row], metric: str, rated: bool, low: float | None) -> list[str]:
     values = [run[metric] for run in runs]
     usage = [run["kv_usage"] for run in runs if "kv_usage" in run]
     exact = [run["kv_stored_bytes"] for run in runs if "kv_stored_bytes" in run]  # not in the results of older versions
@@ -142,12 +176,14 @@ def _line(label: str, runs: list[Row], metric: str, rated: bool) -> list[str]:
         label,
         f"{mean(values):.3f} [{min(values):.3f}, {max(values):.3f}]",
         str(len(runs)),
+        "-" if low is None else str(sum(value < low for value in values)),
         *([f"{runs[0]['options']['learning_rate']:g}"] if rated else []),
         f"{mean(usage):.3f}" if usage else "-",
         _split(runs) or "-",
         f"{runs[0]['parameters']:,}",
-        f"{runs[0]['state_bytes']:,}" if weighed else "-",
+        f"{runs[0]['state_bytes']:,.0f}" if weighed else "-",
         f"{mean(exact):,.0f}" if exact else "-",
+        f"{mean(exact) + runs[0]['state_bytes']:,.0f}" if exact and weighed else "-",
         f"{mean(run['kv_bytes'] for run in runs):,.0f}" if weighed else "-",
         str(runs[0]["tokens"]),
         f"{mean(run['seconds'] for run in runs):.0f}",
@@ -167,34 +203,3 @@ def _split(runs: list[Row]) -> str:
         if "/head" in name:
             layers[name.split("/")[1]].append(mean(run[name] for run in runs))
     return " / ".join(" ".join(f"{u:.2f}".removeprefix("0") for u in heads) for heads in layers.values())
-
-
-def paired(rows: list[Row]) -> str:
-    """What each router gains over each control at the same asked usage, seed by seed.
-
-    Of several contestants of one control (static from the first or the last layer) the best on average is taken.
-    """
-    metric = rows[0]["metric"]
-    sign = 1 if higher_is_better(rows[0]) else -1
-    cells: dict[tuple[str, float], dict[int, float]] = defaultdict(dict)
-    for row in rows:
-        options = row["options"]
-        if "router" in options and "kv_usage" in options:
-            cells[row["label"], options["kv_usage"]][row["seed"]] = row[metric]
-    routers = {row["label"]: router_of(row) for row in rows}
-    lines = []
-    for (label, usage), ours in cells.items():
-        if routers[label] in CONTROLS:
-            continue
-        cell = [label]
-        for control in CONTROLS:
-            rivals = [c for (other, u), c in cells.items() if u == usage and routers[other] == control]
-            theirs = max(rivals, key=lambda c: sign * mean(c.values()), default={})
-            shared = sorted(ours.keys() & theirs.keys())
-            gains = [sign * (ours[seed] - theirs[seed]) for seed in shared]
-            wins = sum(gain > 0 for gain in gains)
-            cell.append(f"{mean(gains):+.3f} ({wins} of {len(gains)})" if gains else "-")
-        if any(entry != "-" for entry in cell[1:]):
-            lines.append(cell)
-    header = [f"gain in {metric}, and seeds won", *(f"over {control}" for control in CONTROLS)]
-    return markdown_table(header, lines) if lines else ""

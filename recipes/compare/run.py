@@ -23,6 +23,7 @@ from recipes.results import commit
 from recipes.task import DATA_MODULES
 
 POINTS = 50  # of a learning curve
+WEIGHED = 16  # sequences
 MEAN = "mean_accuracy"  # over parts
 
 
@@ -184,13 +185,13 @@ def _curve(trainer: pl.Trainer, model: SequenceModule, data, usages: list[float]
 
 @torch.no_grad()
 def remembered(model: SequenceModule, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Bytes that a model holds after reading the batch's first sequence.
+    """Bytes that a model holds after reading a sequence: the mean of the batch's first ones, of the first if packed.
 
     Returns:
         Of the recurrent state, of the kept keys and values, and of the pages that hold them. Where a mixer has no
         `init_state`, `unweighed` says so in their place.
     """
-    tokens = batch["tokens"][:1]
+    tokens = batch["tokens"][: 1 if "padding_mask" in batch else WEIGHED]
     if "cu_seqlens" in batch:
         tokens = tokens[:, : int(batch["cu_seqlens"][1])]
     elif "padding_mask" in batch:
@@ -198,9 +199,13 @@ def remembered(model: SequenceModule, batch: dict[str, torch.Tensor]) -> dict[st
     decoder = model.decoder.eval()
     tokens = tokens.to(decoder.embedding.weight.device)
     try:
-        state = decoder.init_state(1)
+        state = decoder.init_state(len(tokens))
     except NotImplementedError as error:
         return {"tokens": tokens.shape[1], "unweighed": str(error)}
     state = decoder(tokens, state=state).state
-    kv = {"kv_stored_bytes": kv_stored_bytes(state), "kv_bytes": kv_cache_bytes(state)}
-    return {"tokens": tokens.shape[1], "state_bytes": state_bytes(state)} | kv
+    found = {
+        "state_bytes": state_bytes(state),
+        "kv_stored_bytes": kv_stored_bytes(state),
+        "kv_bytes": kv_cache_bytes(state),
+    }
+    return {"tokens": tokens.shape[1]} | {name: whole / len(tokens) for name, whole in found.items()}

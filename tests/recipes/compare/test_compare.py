@@ -9,9 +9,10 @@ from lit_modules.data import DATA
 from mixers.registry import SpecError
 from recipes.compare import command as module
 from recipes.compare.command import compare, describe, expand
-from recipes.compare.report import at_best_rate, paired, part_table, table
-from recipes.compare.run import settings_of, train
-from recipes.task import DATA_MODULES, sized
+from recipes.compare.gains import over_controls, over_references
+from recipes.compare.report import at_best_rate, part_table, table
+from recipes.compare.run import build, remembered, settings_of, train
+from recipes.task import sized
 
 TINY = {"num_pairs": 4, "num_keys": 8, "num_values": 8, "num_test": 32, "curriculum": None}
 MODEL = {"dim": 16, "mlp_ratio": 1.0}
@@ -128,6 +129,20 @@ def test_the_best_rate_has_the_best_validation_and_the_fewest_failures():
     assert rates["a"]["best"] == 0.01 and rates["a"]["validation"]["0.1"] == 0.5 and "b" not in rates
 
 
+def test_the_other_seeds_are_trained_at_the_best_rate_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "train_all", lambda runs, jobs: map(train, runs))
+    options = dict(mixers=["gdn"], data_options=TINY, model_options=MODEL, steps=2, seeds=3, out=str(tmp_path))
+    compare(**options, learning_rates=[1e-9, 0.01], rate_seeds=1)
+    results = json.loads((tmp_path / "results.json").read_text())
+    best = results["learning_rates"]["gdn"]["best"]
+    tried = [(run["seed"], run["options"]["learning_rate"]) for run in results["runs"]]
+    assert tried == [(0, 1e-9), (0, 0.01), (1, best), (2, best)]
+    first = {str(run["options"]["learning_rate"]): run["validation"]["accuracy"] for run in results["runs"][:2]}
+    assert results["learning_rates"]["gdn"]["validation"] == first  # of the seed that both were tried on
+    with pytest.raises(SpecError, match="give these, too"):
+        compare(**options, rate_seeds=1)
+
+
 def test_every_part_of_a_test_set_is_shown():
     runs = [
         row("a", s, v) | {"mean_accuracy": v, "accuracy/64x4": v, "accuracy/32x8": 0.25} for s, v in enumerate((0, 1))
@@ -144,7 +159,7 @@ def test_gains_are_paired_by_seed_and_usage():
     rows = [row("surprise", s, a, router="cosine", kv_usage=0.1) for s, a in enumerate((0.9, 0.5))]
     rows += [row("chance", s, a, router={"name": "random"}, kv_usage=0.1) for s, a in enumerate((0.6, 0.7))]
     rows += [row("elsewhere", 0, 0.0, router="static", kv_usage=0.2)]
-    text = paired(rows)
+    text = over_controls(rows)
     assert "+0.050 (1 of 2)" in text  # (.3 - .2) / 2
     assert "elsewhere" not in text and "surprise" in text
 
@@ -153,7 +168,23 @@ def test_gains_are_over_the_better_of_two_static_controls():
     rows = [row("ours", s, a, router="residual", kv_usage=0.1) for s, a in enumerate((0.9, 0.9))]
     rows += [row("last", s, 0.2, router="static", kv_usage=0.1) for s in range(2)]
     rows += [row("first", s, a, router={"name": "static"}, kv_usage=0.1) for s, a in enumerate((0.8, 0.95))]
-    assert "+0.025 (1 of 2)" in paired(rows)
+    assert "+0.025 (1 of 2)" in over_controls(rows)
+
+
+def test_gains_are_over_every_mixer_without_a_router_too():
+    rows = [row("ours", s, a, router="residual", kv_usage=0.1) for s, a in enumerate((0.9, 0.5))]
+    rows += [row("gdn", s, a) for s, a in enumerate((0.6, 0.7))] + [row("hybrid", 0, 0.4)]
+    assert over_references(rows).splitlines()[0].endswith("| over gdn        | over hybrid     |")
+    assert "+0.050 (1 of 2) | +0.500 (1 of 1)" in over_references(rows) and over_controls(rows) == ""
+    assert over_references(rows[:2]) == ""
+
+
+def test_the_table_counts_the_seeds_that_failed():
+    weighed = {"parameters": 1, "state_bytes": 100, "kv_bytes": 300, "kv_stored_bytes": 20, "tokens": 3, "seconds": 4.0}
+    rows = {"a": (0.9, 0.2), "b": (0.8, 0.8)}
+    text = table({label: [row(label, s, v) | weighed for s, v in enumerate(some)] for label, some in rows.items()})
+    assert [line.split("|")[4].strip() for line in text.splitlines()[2:4]] == ["1", "0"]
+    assert "below 0.400" in text and "| 120 " in text
 
 
 def test_the_table_shows_mean_and_range():
@@ -173,8 +204,24 @@ def test_the_contestants_of_every_file_can_be_built(path):
     cells = [cell | {"mixer": sized(cell["mixer"], data)} for cell in expand(module._read(path))]
     module.check(cells, settings)
     assert len(cells) > 2 and path.read_text().startswith("# ")
-    lengths = {c["options"]["router"]["length"] for c in cells if "recency" in str(c["options"].get("router"))}
-    assert path.stem not in DATA or lengths == {DATA_MODULES.build(data).seq_len}
+
+
+@pytest.mark.parametrize("name, data", [("rewrite", "rewrite"), ("facts", "facts"), ("mqar48_bytes", "mqar")])
+def test_rivals_of_equal_bytes_hold_as_much_as_ham_does(name, data):
+    settings = settings_of(data, data_options={}, model_options={}, metric=None)
+    held = {}
+    for cell in expand(module._read(module.HERE / "contestants" / f"{name}.yaml")):
+        model, module_of_data = build(cell | settings | {"mixer": sized(cell["mixer"], data), "seed": 0})
+        module_of_data.setup("test")
+        batch = next(iter(module_of_data.test_dataloader()))
+        if cell["label"] in ("ham residual 0.125", "ham window+sinks 0.125") or "bytes of" in cell["label"]:
+            weighed = remembered(model, batch)
+            held[cell["label"]] = weighed["state_bytes"] + weighed["kv_stored_bytes"]
+            if cell["label"] == "ham residual 0.125":  # whose thresholds know nothing yet: what is asked counts
+                stored = 2 * 2 * (16 + 16) * 4 * batch["tokens"].shape[1] * 0.125
+                held[cell["label"]] = weighed["state_bytes"] + stored
+    ours = held.pop("ham residual 0.125")
+    assert len(held) > 3 and all(abs(bytes_held / ours - 1) < 0.13 for bytes_held in held.values()), (ours, held)
 
 
 @pytest.mark.parametrize(
