@@ -199,7 +199,7 @@ def test_the_table_shows_mean_and_range():
 
 @pytest.mark.parametrize("path", sorted((module.HERE / "contestants").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_contestants_of_every_file_can_be_built(path):
-    data = path.stem if path.stem in DATA else "text" if "text" in path.stem else "mqar"
+    data = next((name for name in (path.stem, *path.stem.split("_")) if name in DATA), "mqar")
     settings = settings_of(data, data_options={}, model_options={}, metric=None)
     cells = [cell | {"mixer": sized(cell["mixer"], data)} for cell in expand(module._read(path))]
     module.check(cells, settings)
