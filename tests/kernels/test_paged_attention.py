@@ -122,6 +122,11 @@ class TestAppend:
         for each in (cache, one, other):
             assert_close(attend(q, each), attend(q, each, backend="naive"), rtol=0, atol=1e-12)
 
+    def test_a_prefill_writes_what_is_stored_and_nothing_else(self):
+        """Page 0 is nobody's: it takes what one token at a time does not store."""
+        cache, _ = self.filled([0.5, 0.0, 1.0])
+        assert not cache.k[0].any() and not cache.v[0].any()
+
     def test_rows_are_selected_and_repeated(self):
         cache, keys = self.filled([0.5, 0.0, 1.0])
         chosen = cache.select(torch.tensor([2, 2, 0]))
