@@ -1,95 +1,46 @@
-"""Every Triton kernel compiled for GPUs that are not there, and a table of what each would take of one."""
+"""Every Triton kernel compiled for a GPU that is not there, as the operations launch it."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
-from kernels.ahead_of_time import SHARED_MEMORY, compile_only
-from mixers.registry import SpecError, build_mixer
-from recipes.results import markdown_table
+from kernels.ahead_of_time import compile_only
+from mixers.registry import build_mixer
 
-DTYPES = ("bfloat16", "float16", "float32")
-HEADER = [
-    "kernel",
-    "dtype",
-    "sm",
-    "K = V",
-    "warps",
-    "stages",
-    "registers",
-    "bytes spilled",
-    "shared KiB",
-    "of",
-    "matrix",
-    "hazards",
-]
+Kernel = dict[str, Any]
 
 
-def compile_all(
-    capabilities: list[int], dtypes: list[str], head_dims: list[int], folder: Path | None
-) -> list[dict[str, Any]]:
-    """Compile for every GPU, dtype and K = V; prints the table, and writes it as aot.md into `folder`.
+def compile_for(
+    capability: int, K: int, dtype: torch.dtype, wanted: Collection[str] | None = None
+) -> Iterator[tuple[str, list[Kernel]]]:
+    """What the launches of the operations compile to.
 
-    Returns:
-        A row for every kernel, `ok`: its shared memory fits, and nothing touches its products while they run.
-
-    Raises:
-        SpecError: an unknown compute capability or dtype.
-    """
-    for what, given, known in (
-        ("compute capability", capabilities, tuple(SHARED_MEMORY)),
-        ("dtype", dtypes, DTYPES),
-    ):
-        for value in given:
-            if value not in known:
-                raise SpecError(f"unknown {what} {value}; known: {', '.join(map(str, known))}")
-    combinations = [(c, d, K) for d in dtypes for c in capabilities for K in head_dims]
-    rows = [row for c, d, K in combinations for row in compile_for(c, K, getattr(torch, d))]
-    lines = [
-        [
-            f"{row['operation']} {row['name']}",
-            *(str(row[key]) for key in ("dtype", "capability", "K", "warps", "stages", "registers", "spilled")),
-            f"{row['shared'] / 1024:.0f}"
-            + ("" if row["shared"] <= SHARED_MEMORY[row["capability"]] * 1024 else " (too much)"),
-            str(SHARED_MEMORY[row["capability"]]),
-            row["matrix"] or "none",
-            str(row["hazards"]),
-        ]
-        for row in rows
-    ]
-    table = markdown_table(HEADER, lines)
-    print(f"\nkernels compiled ahead of time:\n\n{table}")
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "aot.md").write_text(table + "\n")
-    return rows
-
-
-def compile_for(capability: int, K: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """What every launch of the operations compiles to.
-
-    Forward and backward, with a gradient of the prediction and without, with a window and without. Decoding, the
-    convolution, the read-out and the plan of routed attention are bound by memory and use no matrix instructions.
+    Forward and backward, with a gradient of the prediction and without, with an initial state, a window or a bias and
+    without. Decoding, the convolution, the read-out and the plan of routed attention are bound by memory and use no
+    matrix instructions.
 
     Args:
         capability: of the GPU, such as 90.
         K: head dim of keys and values.
         dtype: of the inputs.
+        wanted: some of `operations`; None is all.
+
+    Yields:
+        An operation, and its kernels: the fields of `kernels.ahead_of_time.Compiled`.
     """
-    rows = []
     for operation, launch in _launches(K, dtype):
-        with compile_only(capability) as found:
-            launch()
-        for kernel in found:
-            ok = kernel.shared <= SHARED_MEMORY[capability] * 1024 and not kernel.hazards
-            row = {"operation": operation, "dtype": str(dtype).split(".")[1], "K": K} | asdict(kernel) | {"ok": ok}
-            if {**row, "operation": ""} not in [{**other, "operation": ""} for other in rows]:
-                rows.append(row)
-    return rows
+        if wanted is None or operation in wanted:
+            with compile_only(capability) as found:
+                launch()
+            yield operation, [asdict(kernel) for kernel in found]
+
+
+def operations() -> list[str]:
+    """The operations, each named by its package in `kernels` or as `decode`, and by what is special."""
+    return [operation for operation, _ in _launches(16, torch.float32)]
 
 
 def _launches(K: int, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
@@ -112,17 +63,23 @@ def _launches(K: int, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
     stored = torch.rand(B, T, H) < 0.5
     layout = Layout.of(None, v)
 
-    def delta_rule(predict: str) -> None:
-        options = dict(scale=1.0, initial_state=state, layout=layout, delta=True, predict=predict)
-        o, p, _ = triton_chunks.gated_delta_rule(q, k, v, g, beta, **options)
-        (o.float().sum() + (p.sum() if p is not None and p.requires_grad else 0)).backward()
+    def delta_rule(*predict: str, few: int = 0, delta: bool = True, initial_state: torch.Tensor | None = None) -> None:
+        """The programs of a scan are taken to be many, which gives them wide blocks, unless they are below `few`."""
+        options = dict(scale=1.0, initial_state=initial_state, layout=layout, delta=delta)
+        for wanted in predict:
+            with patch.object(triton_sizes, "FEW", few):
+                o, p, _ = triton_chunks.gated_delta_rule(q, k, v, g, beta, **options, predict=wanted)
+                (o.float().sum() + (p.sum() if p is not None and p.requires_grad else 0)).backward()
 
     def convolution() -> None:
         parts = triton_heads.heads(draw(B, T, 3 * H * K, dtype=dtype), draw(4, 3 * H * K), layout, [H * K] * 3, [K] * 3)
         sum(part.float().sum() for part in parts).backward()
 
-    def routed(window: int) -> None:
-        o = triton_ranked.routed_attention(q, k, v, stored, None, scale=1.0, layout=layout, window=window)
+    def mix(*more: torch.Tensor) -> None:
+        triton_rows.read_out(q, draw(K), 1e-5, draw(B, T, H * K, dtype=dtype), *more).float().sum().backward()
+
+    def routed(window: int = 0, bias: torch.Tensor | None = None) -> None:
+        o = triton_ranked.routed_attention(q, k, v, stored, bias, scale=1.0, layout=layout, window=window)
         o.float().sum().backward()
 
     @torch.no_grad()
@@ -141,22 +98,19 @@ def _launches(K: int, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
             mixer = build_mixer(name, dim=H * K, num_heads=H, head_dim=K, **options).to(dtype).eval()
             mixer(torch.zeros(B, 1, H * K, dtype=dtype), mixer.reserve(mixer.init_state(B), tokens=1))
 
-    def wide() -> None:
-        with patch.object(triton_sizes, "FEW", 0):
-            delta_rule("values")
-
-    yield "delta_rule (gradient of the prediction)", wide
-    yield "delta_rule (statistics)", lambda: delta_rule("statistics")
-
-    def mix(*more: torch.Tensor) -> None:
-        triton_rows.read_out(q, draw(K), 1e-5, draw(B, T, H * K, dtype=dtype), *more).float().sum().backward()
-
+    # What GDN and the default router train with comes first.
+    yield "delta_rule", lambda: delta_rule("none", "writes")
+    yield "delta_rule (few programs)", lambda: delta_rule("none", "writes", few=128)
+    yield "delta_rule (gradient of the prediction)", lambda: delta_rule("values", initial_state=state)
+    yield "delta_rule (statistics)", lambda: delta_rule("statistics", few=128, initial_state=state)
+    yield "delta_rule (additive)", lambda: delta_rule("none", delta=False)
     yield "short_convolution", convolution
     yield "read_out", lambda: mix(k, draw(B, T, 2 * H, dtype=dtype))
     yield "read_out (of a memory alone)", lambda: mix(None, None)
     yield "output_norm", lambda: triton_gram.output_norm(v.detach(), torch.randn(H * K, H, K))
-    yield "routed_attention", lambda: routed(0)
+    yield "routed_attention", routed
     yield "routed_attention (window)", lambda: routed(64)
+    yield "routed_attention (bias)", lambda: routed(bias=draw(B, T, H))
     yield "decode", decode
     yield "decode (in place)", lambda: step("ham", kv_usage=1.0)
     yield "decode (in place, window)", lambda: step("ham", kv_usage=1.0, window=4)

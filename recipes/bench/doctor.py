@@ -40,6 +40,7 @@ def doctor(
     dtypes: list[str] | None = None,
     head_dims: list[int] | None = None,
     lengths: list[int] | None = None,
+    jobs: int = 1,
     out: str = "",
 ) -> int:
     """Prints what there is and which backend each operation takes, checks all of them, and ends with a verdict.
@@ -49,16 +50,19 @@ def doctor(
     Args:
         interpret: check the Triton kernels too where there is no GPU, in Triton's interpreter (a minute or two).
         compile: compute capabilities, such as 90, to compile every Triton kernel for, without a GPU: a table of their
-            registers, spills, shared memory and matrix instructions. What does not fit counts as a failed check.
+            registers, spills, shared memory and matrix instructions. What does not fit counts as a failed check. Each
+            GPU, dtype and head dim takes minutes; with `out`, a run that was stopped goes on where it was.
         dtypes: what to compile for: bfloat16 (the default), float16, float32.
         head_dims: K = V to compile for. Default: 64 and 128.
         lengths: tokens T of the checks. Default: 1, 70 and 300.
-        out: folder for doctor.json and, with --compile, aot.md.
+        jobs: GPUs, dtypes and head dims that are compiled for at a time.
+        out: folder for doctor.json and, with --compile, cells.json, which keeps what was compiled, and aot.md.
     """
     if interpret and compile:
         raise SpecError("--interpret and --compile exclude each other: interpreted kernels are not compiled")
-    if (dtypes or head_dims) and not compile:
-        raise SpecError("--dtypes and --head_dims are of what --compile compiles; give --compile too")
+    if (dtypes or head_dims or jobs != 1) and not compile:
+        raise SpecError("--dtypes, --head_dims and --jobs are of what --compile compiles; give --compile too")
+    check_positive(jobs=jobs)
     check_positive(**{f"lengths[{i}]": length for i, length in enumerate(lengths or [])})
     check_positive(**{f"head_dims[{i}]": K for i, K in enumerate(head_dims or [])})
     if interpret:
@@ -74,16 +78,14 @@ def doctor(
     for row in _checks(device, lengths or [1, 70, 300], interpret):
         rows.append(row)
         print(_line(row), flush=True)
-    report: dict[str, Any] = stamp() | {"checks": list(rows)}
+    if out:
+        write_json(Path(out) / "doctor.json", stamp() | {"checks": rows})
     if compile:
-        from recipes.bench.ahead_of_time import compile_all
+        from recipes.bench.cells import compile_all
 
         sizes = dtypes or ["bfloat16"], head_dims or [64, 128]
-        report["compiled"] = compile_all(compile, *sizes, Path(out) if out else None)
-        rows += report["compiled"]
+        rows = rows + compile_all(compile, *sizes, Path(out) if out else None, jobs)
     bad = [row for row in rows if not row["ok"]]
-    if out:
-        write_json(Path(out) / "doctor.json", report)
     print(f"\n{len(rows) - len(bad)} of {len(rows)} checks passed: " + ("NOT WELL" if bad else "all well"))
     return 1 if bad else 0
 

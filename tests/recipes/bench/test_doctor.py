@@ -1,9 +1,6 @@
 """The doctor: finds a wrong kernel, and says what the kernels would take of a GPU that is not there."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,7 +8,7 @@ import torch
 from kernels.ahead_of_time import SHARED_MEMORY
 from kernels.dispatch import ANY_TRITON
 from recipes.bench import doctor as module
-from recipes.bench.ahead_of_time import DTYPES
+from recipes.bench.cells import DTYPES, compile_all
 
 
 def test_all_is_well_here(run, tmp_path):
@@ -79,19 +76,6 @@ def test_every_backend_on_the_gpu(T, monkeypatch):
 WITHOUT_PRODUCTS = ("convolve", "convolve_back", "ranks", "mix", "mix_back")
 
 
-def compiled(tmp_path, capabilities, dtypes, head_dims):
-    """Rows of kernels compiled in a process of its own, as kernels here are interpreted."""
-    code = (
-        "import json, sys; from recipes.bench.ahead_of_time import compile_all;"
-        f"json.dump(compile_all({capabilities}, {dtypes}, {head_dims}, None), open(sys.argv[1], 'w'))"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", code, str(tmp_path / "rows.json")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads((tmp_path / "rows.json").read_text())
-
-
 @pytest.mark.parametrize(
     ("capabilities", "dtypes", "head_dims"),
     [
@@ -100,9 +84,9 @@ def compiled(tmp_path, capabilities, dtypes, head_dims):
     ],
     ids=["one", "all"],
 )
-def test_kernels_fit_the_gpus(tmp_path, capabilities, dtypes, head_dims):
+def test_kernels_fit_the_gpus(capabilities, dtypes, head_dims):
     """Into shared memory, whatever the GPU; and without many registers spilled where models are trained."""
-    kernels = compiled(tmp_path, capabilities, dtypes, head_dims)
+    kernels = compile_all(capabilities, dtypes, head_dims, None)
     assert {kernel["name"] for kernel in kernels} >= {
         *("prepare", "scan", "read", "prepare_back", "scan_back", "gradients_v", "gradients_k"),
         *("forward", "backward_q", "backward_kv", "steps", "attend_kernel", "norms"),
@@ -124,6 +108,8 @@ def test_kernels_fit_the_gpus(tmp_path, capabilities, dtypes, head_dims):
         ("--compile [90] --dtypes [float8]", ["unknown dtype float8", "bfloat16"]),
         ("--compile [90] --head_dims [0]", ["head_dims[0]"]),
         ("--head_dims [64]", ["--head_dims", "--compile"]),
+        ("--compile [90] --jobs 0", ["jobs", "0"]),
+        ("--jobs 2", ["--jobs", "--compile"]),
         ("--interpret --compile [90]", ["--interpret", "--compile"]),
     ],
 )
