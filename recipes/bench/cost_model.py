@@ -83,12 +83,13 @@ def pairs(T: int, kv_usage: float = 1.0, window: int = 0) -> float:
 
 
 def attention(
-    B: int, T: int, H: int, K: int, V: int, *, kv_usage: float = 1.0, window: int = 0, train=False, size: int = 2
-) -> Cost:
+    B: int, T: int, H: int, K: int, V: int,
+    *, kv_usage: float = 1.0, window: int = 0, train=False, apart=False, size: int = 2,
+) -> Cost:  # fmt: skip
     """Softmax attention over stored tokens; at usage 1 over all. `size` is of a number in bytes.
 
-    Forward: q.k and the sum of values. Backward: both again, and the gradients of the probabilities, q, k and v, where
-    FlashAttention (arXiv 2307.08691) counts five products for the backward pass: q.k, dP, dV, dQ, dK.
+    Forward: q.k and the sum of values. Backward: FlashAttention (arXiv 2307.08691) counts five products, q.k, dP, dV,
+    dQ, dK. Our routed attention makes q.k and dP twice, as it has dQ and dK, dV from kernels `apart`, and no atomics.
     """
     n = B * H * pairs(T, kv_usage, window)
     seen = min(1.0, kv_usage + window / T) if T else 0.0
@@ -97,7 +98,9 @@ def attention(
     if not train:
         return forward
     # reads q, o, do and the stored k and v; writes dq and, for the stored alone, dk and dv
-    return forward + Cost(2 * n * (3 * K + 2 * V), rows * (2 * K + 2 * V + 2 * seen * (K + V)))
+    backward = Cost(2 * n * (3 * K + 2 * V), rows * (2 * K + 2 * V + 2 * seen * (K + V)))
+    again = Cost(2 * n * (K + V), rows * (K + 2 * V + seen * (K + V)))  # reads q, k, v once more, and do twice
+    return forward + backward + again if apart else forward + backward
 
 
 def delta_rule(
@@ -164,7 +167,7 @@ def kernels(B: int, T: int, H: int, K: int, V: int, kv_usages: list[float], size
         table[f"{phase}: delta rule, and the prediction"] = [rules["values"]]
         table[f"{phase}: score of the residual"] = [score]
         for usage in kv_usages:
-            routed = attention(*sizes, kv_usage=usage, train=train, size=size)
+            routed = attention(*sizes, kv_usage=usage, train=train, apart=True, size=size)
             table[f"{phase}: routed attention {usage:g}"] = [routed]
             table[f"{phase}: HAM {usage:g}"] = [rules["none"], score, routed]
     step = decode_step(*held, size=size)
