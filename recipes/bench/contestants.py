@@ -3,6 +3,7 @@
 A contestant is a name and a function of the case that returns the step to time. Adding a rival is adding one here.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -78,10 +79,13 @@ def contestants(case: Case, kv_usages: list[float], skews: list[str]) -> Iterato
     if case.group == "delta_rule":
         yield "sdpa", _sdpa
         for backend in _backends(delta_rule.BACKENDS, case.device):
-            for predict in ("none",) if backend == "fla" else ("none", "values"):
-                name = backend if backend == "fla" else f"ours ({backend})"
-                name += " and prediction" if predict == "values" else ""
-                yield name, lambda case, b=backend, p=predict: _delta_rule(case, b, p)
+            if backend == "fla":
+                yield "fla", _fla
+            elif (backend, case.phase) != ("triton_recurrent", "train"):  # it gives no gradient
+                for predict, more in (("none", ""), ("writes", " and writes"), ("values", " and prediction")):
+                    yield f"ours ({backend}){more}", lambda case, b=backend, p=predict: _delta_rule(case, b, p)
+        if case.device == "cuda":
+            yield "FlashQLA", _flash_qla
         yield "transformers (chunked)", _transformers
     elif case.group == "routed_attention":
         yield "sdpa", _sdpa
@@ -134,9 +138,11 @@ def _facts(case: Case, *work: Cost) -> dict[str, float]:
     return {"flops": total.flops, "moved_bytes": total.bytes}
 
 
-def _attention_cost(case: Case, kv_usage: float = 1.0) -> Cost:
+def _attention_cost(case: Case, kv_usage: float | None = None) -> Cost:
+    """Of all keys, or of routed attention; that of CPUs, which gathers, has torch's backward pass."""
     sizes = case.batch, case.length, case.heads, case.head_dim, case.head_dim
-    return cost_model.attention(*sizes, kv_usage=kv_usage, train=case.phase == "train", size=case.size)
+    options = {} if kv_usage is None else {"kv_usage": kv_usage, "apart": case.device == "cuda"}
+    return cost_model.attention(*sizes, **options, train=case.phase == "train", size=case.size)
 
 
 def _delta_cost(case: Case, predict: str) -> Cost:
@@ -170,6 +176,21 @@ def _delta_rule(case: Case, backend: str, predict: str) -> Runner:
         return delta_rule.gated_delta_rule(q, k, v, g, beta, backend=backend, predict=predict)[0]
 
     return Runner(_steps(case, rule, inputs), _facts(case, _delta_cost(case, predict)))
+
+
+def _fla(case: Case) -> Runner:
+    """fla's own kernels: at every call it asks the environment whether to hand over to FlashQLA, if that is there."""
+    os.environ["FLA_FLASH_QLA"] = "0"
+    return _delta_rule(case, "fla", "none")
+
+
+def _flash_qla(case: Case) -> Runner:
+    """Qwen's kernels of TileLang; K = V = 128, in 16 bits."""
+    from flash_qla import chunk_gated_delta_rule as rule
+
+    q, k, v, g, beta = inputs = _delta_inputs(case)
+    step = _steps(case, lambda: rule(q, k, v, g, beta.to(v.dtype), output_final_state=True)[0], inputs)
+    return Runner(step, _facts(case, _delta_cost(case, "none")))
 
 
 def _transformers(case: Case) -> Runner:
@@ -244,13 +265,13 @@ def _stack_cost(case: Case, stack: _Stack, usage: float | None) -> dict[str, flo
         if recurrent:
             work.append(cost_model.decode_step(*size, size=case.size) if decode else _delta_cost(case, "none"))
         if ham or not recurrent:
-            share = usage if ham else 1.0
             if ham and not decode:  # their router is the residual
                 work.append(cost_model.output_norm(case.batch, case.length, *size[1:3], size=case.size))
-            sizes = case.batch, case.length, *size[1:]
-            options = {"kv_usage": share, "size": case.size}
-            read = cost_model.decode_attention(*sizes, **options) if decode else _attention_cost(case, share)
-            work.append(read)
+            if decode:
+                options = {"kv_usage": usage if ham else 1.0, "size": case.size}
+                work.append(cost_model.decode_attention(case.batch, case.length, *size[1:], **options))
+            else:
+                work.append(_attention_cost(case, usage if ham else None))
     return _facts(case, *work)
 
 

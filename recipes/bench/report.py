@@ -17,8 +17,8 @@ PEAK = (
 )
 TRAINING = (
     "In training on a CPU the recurrent memory of gdn and ham keeps more for its backward pass than attention does: the"
-    " short convolution's input, sum and output (each as large as q, k and v together), the chunks of the delta rule,"
-    " gates and norms; ham also keeps attention's masks, a float32 for every query and stored key."
+    " short convolution's input alone (as large as q, k and v together), what normalises q and k, the chunks of the"
+    " delta rule, gates and norms; ham also keeps attention's masks, a float32 for every query and stored key."
 )
 SHARED = ("group", "phase", "dtype", "batch", "length", "heads", "head_dim", "device")
 

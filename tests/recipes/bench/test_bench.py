@@ -1,6 +1,8 @@
 """The benchmark: who runs, what a failure becomes, and what is made of the samples. No test looks at a clock."""
 
 import json
+import os
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,10 +11,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from kernels import delta_rule
 from mixers import build_mixer
 from recipes.bench import command as module
 from recipes.bench.contestants import Case, _captured, _mixers, contestants, stored_tokens
-from recipes.bench.measure import peak_bytes, prepare
+from recipes.bench.measure import Failed, peak_bytes, prepare
 from recipes.bench.report import add_roofline, summarise
 
 SMALL = "--batch 2 --heads 2 --head_dim 8 --rounds 3 --minutes 600"
@@ -71,6 +74,35 @@ def test_contestants_of_the_delta_rule_compute_the_same():
     assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("phase", ["forward", "train"])
+def test_who_runs_the_delta_rule_on_a_gpu(phase):
+    """What gives no gradient is not trained."""
+    backends = ["torch", "triton", *(["triton_recurrent"] if phase == "forward" else [])]
+    ours = [f"ours ({name}){more}" for name in backends for more in ("", " and writes", " and prediction")]
+    names = [name for name, _ in contestants(case(phase=phase, device="cuda"), [], [])]
+    assert names == ["sdpa", *ours, "fla", "FlashQLA", "transformers (chunked)"]
+
+
+def test_fla_and_flashqla_are_two(monkeypatch):
+    monkeypatch.setenv("FLA_FLASH_QLA", "1")  # fla hands over to FlashQLA, which is so by default
+    asked = []
+
+    def rule(q, k, v, *args, **options):
+        asked.append(os.environ["FLA_FLASH_QLA"])
+        return v, None, None
+
+    monkeypatch.setattr(delta_rule, "gated_delta_rule", rule)
+    builds = dict(contestants(case(device="cuda"), [], []))
+    builds["fla"](case()).step()
+    assert asked == ["0"]
+    with pytest.raises(Failed, match="not installed: flash_qla"):
+        prepare(builds["FlashQLA"], case())
+    there = SimpleNamespace(chunk_gated_delta_rule=lambda q, k, v, g, beta, output_final_state: (2 * v, None))
+    monkeypatch.setitem(sys.modules, "flash_qla", there)
+    assert prepare(builds["FlashQLA"], case()).step().shape == (2, 40, 4, 8)
+    assert asked == ["0"]
+
+
 @pytest.mark.parametrize("usage", [0.0, 0.125, 0.25, 0.5, 1.0])
 def test_skew_keeps_the_mean(usage):
     big = case(length=4000)
@@ -93,6 +125,7 @@ def test_a_failure_is_a_row_and_the_others_go_on(run, fake, tmp_path):
             "too big": fails(torch.OutOfMemoryError("CUDA out of memory")),
             "absent": fails(ModuleNotFoundError("No module named 'fla'", name="fla")),
             "broken": fails(NotImplementedError("no backward\non CPU")),
+            "picky": fails(AssertionError("only bfloat16")),
         }
     )
     assert run(f"bench {SMALL} --groups [mixers] --lengths [8] --out {tmp_path}").code == 0
@@ -103,6 +136,7 @@ def test_a_failure_is_a_row_and_the_others_go_on(run, fake, tmp_path):
         "too big": "out of memory",
         "absent": "not installed: fla",
         "broken": "NotImplementedError: no backward on CPU",
+        "picky": "AssertionError: only bfloat16",
     }
     assert "out of memory" in (tmp_path / "table.md").read_text()
 
