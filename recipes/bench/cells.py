@@ -49,15 +49,23 @@ class Cell(NamedTuple):
         return DTYPES.index(self.dtype), self.capability, self.K
 
 
-def compile_all(
-    capabilities: list[int], dtypes: list[str], head_dims: list[int], folder: Path | None, jobs: int = 1
-) -> list[Row]:
-    """Compile for every dtype, GPU and K = V, in that order.
+def cells_of(capabilities: list[int], dtypes: list[str], head_dims: list[int]) -> list[Cell]:
+    """Every combination, dtype by dtype and GPU by GPU. Raises SpecError for a GPU or a dtype that is not known."""
+    for what, given, known in (
+        ("compute capability", capabilities, tuple(SHARED_MEMORY)),
+        ("dtype", dtypes, DTYPES),
+    ):
+        for value in given:
+            if value not in known:
+                raise SpecError(f"unknown {what} {value}; known: {', '.join(map(str, known))}")
+    return [Cell(c, d, K) for d in dtypes for c in capabilities for K in head_dims]
+
+
+def compile_all(cells: list[Cell], folder: Path | None, jobs: int = 1) -> list[Row]:
+    """Compile every kernel for cells.
 
     Args:
-        capabilities: of the GPUs, such as 90.
-        dtypes: of DTYPES.
-        head_dims: K = V.
+        cells: what for, in the order in which to begin.
         folder: where cells.json, which keeps what is compiled, and aot.md, the table of all that is kept, are; None
             prints the table.
         jobs: cells side by side, each in a process of its own.
@@ -67,19 +75,11 @@ def compile_all(
         that is not ok, with the cell alone, for a cell whose process died.
 
     Raises:
-        SpecError: an unknown compute capability or dtype; a folder that holds something else, or cannot be written.
+        SpecError: the folder holds something else, or cannot be written.
     """
     from tqdm import tqdm
 
-    for what, given, known in (
-        ("compute capability", capabilities, tuple(SHARED_MEMORY)),
-        ("dtype", dtypes, DTYPES),
-    ):
-        for value in given:
-            if value not in known:
-                raise SpecError(f"unknown {what} {value}; known: {', '.join(map(str, known))}")
     operations, kept = ahead_of_time.operations(), _read(folder)
-    cells = [Cell(c, d, K) for d in dtypes for c in capabilities for K in head_dims]
     wanted = {cell: [o for o in operations if not _fits(kept, cell, o)] for cell in cells}
     wanted = {cell: missing for cell, missing in wanted.items() if missing}
     bar = tqdm(total=len(cells), initial=len(cells) - len(wanted), unit="cell")

@@ -15,6 +15,7 @@ from kernels.dispatch import ANY_TRITON, automatic, distrusted, unavailable
 from kernels.sequences import Layout
 from mixers.layers import normalise
 from mixers.registry import SpecError, check_positive
+from recipes.bench.cells import cells_of, compile_all
 from recipes.results import PACKAGES, device_name, markdown_table, stamp, write_json
 
 OPERATIONS = {
@@ -65,6 +66,7 @@ def doctor(
     check_positive(jobs=jobs)
     check_positive(**{f"lengths[{i}]": length for i, length in enumerate(lengths or [])})
     check_positive(**{f"head_dims[{i}]": K for i, K in enumerate(head_dims or [])})
+    cells = cells_of(compile or [], dtypes or ["bfloat16"], head_dims or [64, 128])
     if interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is first imported
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,11 +82,8 @@ def doctor(
         print(_line(row), flush=True)
     if out:
         write_json(Path(out) / "doctor.json", stamp() | {"checks": rows})
-    if compile:
-        from recipes.bench.cells import compile_all
-
-        sizes = dtypes or ["bfloat16"], head_dims or [64, 128]
-        rows = rows + compile_all(compile, *sizes, Path(out) if out else None, jobs)
+    if cells:
+        rows = rows + compile_all(cells, Path(out) if out else None, jobs)
     bad = [row for row in rows if not row["ok"]]
     print(f"\n{len(rows) - len(bad)} of {len(rows)} checks passed: " + ("NOT WELL" if bad else "all well"))
     return 1 if bad else 0

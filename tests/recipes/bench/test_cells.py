@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from recipes.bench import cells as module
-from recipes.bench.cells import Cell, compile_all
+from recipes.bench.cells import Cell, cells_of, compile_all
 
-SIZES = [90, 80], ["float16", "bfloat16"], [128, 64]
+CELLS = cells_of([90, 80], ["float16", "bfloat16"], [128, 64])
+CELL = [Cell(80, "float16", 64)]
+SOME = cells_of([90], ["bfloat16"], [128, 64, 32])
 KERNEL = dict(name="scan", capability=0, warps=4, stages=2, registers=255, spilled=0, shared=2**10, matrix="mma")
 
 
@@ -51,23 +53,23 @@ def changed(monkeypatch, ending, text):
 
 
 def test_two_jobs_give_what_one_gives(compiled, tmp_path):
-    one, two = (compile_all(*SIZES, tmp_path / str(jobs), jobs) for jobs in (1, 2))
+    one, two = (compile_all(CELLS, tmp_path / str(jobs), jobs) for jobs in (1, 2))
     assert one == two and len(one) == 8 * 3
     assert len(compiled()) == 2 * 8 * 3
     for name in ("cells.json", "aot.md"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
     assert [row["ok"] for row in one] == [row["capability"] == 90 or row["name"] != "decode" for row in one]
-    assert compile_all(*SIZES, None) == one
+    assert compile_all(CELLS, None) == one
 
 
 def test_what_is_kept_is_not_compiled_again(compiled, tmp_path, monkeypatch):
-    rows = compile_all(*SIZES, tmp_path)
+    rows = compile_all(CELLS, tmp_path)
     files = [(tmp_path / name).read_bytes() for name in ("cells.json", "aot.md")]
     compiled()
-    assert compile_all(*SIZES, tmp_path) == rows
+    assert compile_all(CELLS, tmp_path) == rows
     assert compiled() == []
     assert [(tmp_path / name).read_bytes() for name in ("cells.json", "aot.md")] == files
-    compile_all([90], ["bfloat16"], [32], tmp_path)
+    compile_all(SOME[2:], tmp_path)
     assert compiled() == [f"90 torch.bfloat16 32 {name}" for name in ("decode", "delta_rule", "read_out")]
 
 
@@ -82,20 +84,19 @@ def test_what_is_kept_is_not_compiled_again(compiled, tmp_path, monkeypatch):
     ],
 )
 def test_a_change_compiles_anew_what_it_is_about(compiled, tmp_path, monkeypatch, ending, text, again):
-    cell = [80], ["float16"], [64]
-    compile_all(*cell, tmp_path)
+    compile_all(CELL, tmp_path)
     compiled()
     changed(monkeypatch, ending, text)
-    compile_all(*cell, tmp_path)
+    compile_all(CELL, tmp_path)
     assert [line.split()[-1] for line in compiled()] == again
 
 
 def test_another_compiler_compiles_all_anew(compiled, tmp_path, monkeypatch):
-    compile_all([80, 100], ["float16"], [64], tmp_path)
+    compile_all([*CELL, Cell(100, "float16", 64)], tmp_path)
     compiled()
     monkeypatch.setattr(module, "_compilers", lambda capability: "ptxas 99" if capability == 100 else "the old one")
     module.digest.cache_clear()
-    compile_all([100], ["float16"], [64], tmp_path)
+    compile_all([Cell(100, "float16", 64)], tmp_path)
     assert len(compiled()) == 3
     text = (tmp_path / "aot.md").read_text()
     assert "ptxas 99" in text and "of other code than is here now: sm_80, float16, K = V = 64." in text
@@ -103,14 +104,14 @@ def test_another_compiler_compiles_all_anew(compiled, tmp_path, monkeypatch):
 
 def test_a_process_that_dies_takes_nothing_with_it(compiled, tmp_path, capsys):
     (tmp_path / "die").touch()
-    rows = compile_all([90], ["bfloat16"], [128, 64, 32], tmp_path, 2)
+    rows = compile_all(SOME, tmp_path, 2)
     assert [row for row in rows if not row["ok"]] == [{"capability": 90, "dtype": "bfloat16", "K": 64, "ok": False}]
     assert "FAIL  sm_90, bfloat16, K = V = 64" in capsys.readouterr().out
     assert len(rows) == 3 + 2 + 3 + 1
     assert "In parts only: sm_90, bfloat16, K = V = 64." in (tmp_path / "aot.md").read_text()
     (tmp_path / "die").unlink()
     compiled()
-    assert len(compile_all([90], ["bfloat16"], [128, 64, 32], tmp_path)) == 9
+    assert len(compile_all(SOME, tmp_path)) == 9
     assert compiled() == ["90 torch.bfloat16 64 decode"]
 
 
@@ -125,17 +126,17 @@ def test_whoever_stops_loses_nothing_that_came(compiled, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "_write", stop)
     with pytest.raises(KeyboardInterrupt):
-        compile_all(*SIZES, tmp_path)
+        compile_all(CELLS, tmp_path)
     assert multiprocessing.active_children() == []
     kept = json.loads((tmp_path / "cells.json").read_text())
     compiled()
     monkeypatch.setattr(module, "_write", write)
-    compile_all(*SIZES, tmp_path)
+    compile_all(CELLS, tmp_path)
     assert len(compiled()) == 8 * 3 - sum(len(record) for record in kept.values())
 
 
 def test_the_table_begins_with_what_a_reader_should_know(compiled, tmp_path):
-    compile_all(*SIZES, tmp_path)
+    compile_all(CELLS, tmp_path)
     text = (tmp_path / "aot.md").read_text()
     assert text.startswith("24 kernels of 8 cells (dtype, GPU, K = V), compiled by triton")
     assert "Over the GPU's shared memory: none." in text and "Hazards: 4." in text
@@ -148,4 +149,4 @@ def test_the_table_begins_with_what_a_reader_should_know(compiled, tmp_path):
 def test_a_file_that_is_something_else_is_refused(compiled, tmp_path):
     (tmp_path / "cells.json").write_text("[1]")
     with pytest.raises(module.SpecError, match="holds no compiled kernels"):
-        compile_all(*SIZES, tmp_path)
+        compile_all(CELLS, tmp_path)

@@ -8,7 +8,7 @@ import torch
 from kernels.ahead_of_time import SHARED_MEMORY
 from kernels.dispatch import ANY_TRITON
 from recipes.bench import doctor as module
-from recipes.bench.cells import DTYPES, compile_all
+from recipes.bench.cells import DTYPES, cells_of, compile_all
 
 
 def test_all_is_well_here(run, tmp_path):
@@ -86,7 +86,7 @@ WITHOUT_PRODUCTS = ("convolve", "convolve_back", "ranks", "mix", "mix_back")
 )
 def test_kernels_fit_the_gpus(capabilities, dtypes, head_dims):
     """Into shared memory, whatever the GPU; and without many registers spilled where models are trained."""
-    kernels = compile_all(capabilities, dtypes, head_dims, None)
+    kernels = compile_all(cells_of(capabilities, dtypes, head_dims), None)
     assert {kernel["name"] for kernel in kernels} >= {
         *("prepare", "scan", "read", "prepare_back", "scan_back", "gradients_v", "gradients_k"),
         *("forward", "backward_q", "backward_kv", "steps", "attend_kernel", "norms"),
