@@ -155,7 +155,7 @@ def _backward(
         )  # fmt: skip
         run.gradients_v[len(chunks), H](
             q, k, v, g, beta, u, w, starts, do, dp, chunks, dv, d_beta, ha, hq, scale, H,
-            **options, **fit("gradients_v", v, K),
+            **options | fit("gradients_v", v, K),
         )  # fmt: skip
         run.gradients_k[len(chunks) * parts, H](
             q, k, g, beta, u, w, starts, do, dp, d_next, chunks, ha, hq, dq, dk, dg_parts, scale, T, H,

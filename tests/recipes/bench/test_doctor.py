@@ -99,6 +99,8 @@ def test_kernels_fit_the_gpus(capabilities, dtypes, head_dims):
         assert kernel["hazards"] == 0, kernel
         if kernel["dtype"] == "bfloat16" and kernel["K"] <= 128 and kernel["capability"] <= 90:
             assert kernel["spilled"] <= 256, kernel
+        if kernel["name"] == "gradients_v" and kernel["K"] <= 128:
+            assert kernel["spilled"] <= 1024, kernel
 
 
 @pytest.mark.parametrize(
