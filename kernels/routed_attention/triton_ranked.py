@@ -37,22 +37,22 @@ def routed_attention(
     return _forward(q, k, v, bias, *plan(stored, layout, window), scale, window)[0]
 
 
-def blocks(v: Tensor, size: int, *, keys: bool = False, window: int = 0) -> tuple[int, int, int, int]:
+def blocks(v: Tensor, size: int, *, keys: bool = False, more: bool = False) -> tuple[int, int, int, int]:
     """(queries, keys, warps, stages) of a program, as compiled ahead of time: nothing is tuned at run time.
 
     Its sums are in registers and its operands in shared memory. `size` is the larger of K and V; `keys`: the program
-    that sums over queries.
+    that sums over queries; `more`: with a window or a bias, which take registers of their own.
     """
     half = v.dtype in (torch.float16, torch.bfloat16)
     if warpgroups(v.device):
-        wide = size > 128 or (keys and window and size > 64)
+        wide = size > 128 or (keys and more and size > 64)
         if half:
             return (64, 32 if wide else 64, 8, 3) if keys or wide else (128, 64, 8, 3)
         return (32, 32, 8, 2) if wide else (64, 32, 8, 2)
     if half and size <= 64:
         return (64 if keys else 128, 64, 8, 2)
     if half:
-        return (64, 32 if keys and window else 64, 8, 2) if size <= 128 else (32, 32, 8, 1)
+        return (64, 32 if keys and more else 64, 8, 2) if size <= 128 else (32, 32, 8, 1)
     return (64, 32, 8, 2) if size <= 64 else (32, 32, 8, 1) if size <= 128 else (16, 16, 4, 1)
 
 
@@ -61,7 +61,7 @@ def _options(q: Tensor, v: Tensor, bias: Tensor | None, *, keys: bool = False, w
     from triton import next_power_of_2
 
     K, V = q.shape[-1], v.shape[-1]
-    BM, BN, warps, stages = blocks(v, max(K, V), keys=keys, window=window)
+    BM, BN, warps, stages = blocks(v, max(K, V), keys=keys, more=window > 0 or bias is not None)
     half = v.dtype in (torch.float16, torch.bfloat16)
     return dict(
         K=K,
