@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lit_modules.data.documents import DRAW, TOKENIZER, content_of, drawn
+from lit_modules.data.documents import DRAW, TOKENIZER, content_of, drawn, read
 from lit_modules.data.tokens import TOKENS, TokenData
 from mixers.registry import SpecError, check_positive, check_range
 from recipes.results import written_whole
@@ -118,6 +118,6 @@ def _write(data: TokenData, folder: Path, tokens_per_file: int) -> tuple[int, in
 
 
 def _batches(documents: Any) -> Iterator[list[dict[str, Any]]]:
-    stream = iter(documents)
+    stream = read(documents)
     while some := list(islice(stream, BATCH)):
         yield some

@@ -2,17 +2,20 @@
 
 import hashlib
 import logging
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lit_modules.data.files import digest_of
 from mixers.registry import SpecError, unknown
 
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".ndjson": "json", ".txt": "text"}
 COMPRESSED = {".gz", ".zst", ".xz", ".bz2"}
 INSTALL = "pip install 'lightning-mixers[tokens]'"
+SAMPLED = 64  # documents that stand for all where a checkpoint is compared with what is there
 DRAW = "draw"  # the column in which `tokenize` keeps the draw of the text
 TOKENIZER = "tokenizer"  # its folder for the tokenizer, whose vocabulary may be a .txt
 State = dict[str, Any]
@@ -97,12 +100,46 @@ def count_of(documents: Documents) -> int:
     return len(documents) if hasattr(documents, "select") else documents.num_shards
 
 
+def sample_of(documents: Documents, field: str, paths: Sequence[str]) -> str | None:
+    """A digest of the content of some documents, evenly spread; of a stream, of its local files' names and sizes."""
+    if hasattr(documents, "select"):
+        numbers = np.linspace(0, len(documents) - 1, min(SAMPLED, len(documents)), dtype=int)
+        return digest_of(_raw(content) for content in documents[numbers.tolist()][field])
+    if not paths:
+        return None
+    files = map(Path, find_documents(paths)[1])
+    return digest_of(f"{file.name} {file.stat().st_size}".encode() for file in files)
+
+
+def read(documents: Documents | Iterator[Any]) -> Iterator[Any]:
+    """What iterating gives; whatever is wrong with a file is one line that names it.
+
+    Raises:
+        SpecError: a file cannot be read.
+    """
+    try:
+        yield from documents
+    except SpecError:
+        raise
+    except Exception as error:  # of pyarrow, of what unpacks files, of the network
+        file = _file_under_way(error)
+        where = f"data '{file}'" if file else "a document"
+        raise SpecError(f"{where} cannot be read: {type(error).__name__}: {_reason(error)}") from error
+
+
+def _file_under_way(error: Exception) -> str | None:
+    """The file that the package was reading: it is in a variable there, and in the message for some faults only."""
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        file = frame.f_locals.get("file")
+        if frame.f_globals.get("__name__", "").startswith("datasets.packaged_modules.") and isinstance(file, str):
+            found = file.rpartition("::")[2]  # of gzip://a.jsonl::/data/a.jsonl.gz
+    return found
+
+
 def check_field(documents: Documents, field: str) -> None:
     """Raises SpecError unless the column `field` holds text or ids, or if there are no documents."""
-    try:
-        first = next(iter(documents), None)
-    except Exception as error:
-        raise SpecError(f"the data cannot be read: {_reason(error)}") from error
+    first = next(read(documents), None)
     if first is None:
         raise SpecError("the data are empty: there is no document")
     if field not in first:
@@ -122,9 +159,13 @@ def drawn(document: dict[str, Any], field: str) -> float:
     """In [0, 1), by a hash of the content alone: where a document is held out, so are its copies."""
     if DRAW in document:
         return document[DRAW]
-    content = content_of(document, field)
-    raw = content.encode("utf-8", "replace") if isinstance(content, str) else np.asarray(content, np.int64).tobytes()
+    raw = _raw(content_of(document, field))
     return int.from_bytes(hashlib.blake2b(raw, digest_size=6).digest(), "big") / 2**48
+
+
+def _raw(content: str | list[int] | None) -> bytes:
+    text = "" if content is None else content
+    return text.encode("utf-8", "replace") if isinstance(text, str) else np.asarray(text, np.int64).tobytes()
 
 
 def split_of(draw: float, held_out: float) -> str:

@@ -10,7 +10,7 @@ import os
 import stat
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -228,6 +228,11 @@ def split_texts(texts: list[bytes], *, held_out: float) -> dict[str, list[bytes]
             if len(part) > 1:  # a token and its target
                 splits[split].append(part)
     return splits
+
+
+def digest_of(parts: Iterable[bytes]) -> str:
+    """Of all of them, in their order: that of a checkpoint tells whether its data have changed."""
+    return _digest(b"".join(map(_digest, parts))).hex()
 
 
 def _digest(content: bytes) -> bytes:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_modules.data.files import digest_of
 from lit_modules.data.packing import split_at_ends
 from lit_modules.data.stream import Batch
 from mixers.registry import SpecError
@@ -41,6 +42,7 @@ class LitdataRows:
             self.splits: dict[str, Any] = dict(zip(names, train_test_split(rows, shares, seed=seed), strict=True))
         except Exception as error:
             raise SpecError(f"litdata cannot open {folder}: {(str(error).splitlines() or [repr(error)])[0]}") from error
+        self.digest = digest_of([(folder / "index.json").read_bytes()])  # which lists the chunks
 
     def loader(self, split: str, row_tokens: int, num_workers: int) -> Any:
         """litdata's loader, which shares the blocks over ranks and workers and can be taken up anywhere."""

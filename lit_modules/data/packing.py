@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lit_modules.data.batches import IGNORED
-from lit_modules.data.documents import Documents, State, content_of, drawn, in_order, split_of
-from lit_modules.data.stream import Batch
+from lit_modules.data.documents import Documents, State, content_of, drawn, in_order, read, split_of
+from lit_modules.data.stream import Batch, check_same
 from mixers.registry import SpecError
 
 
@@ -98,7 +98,7 @@ class PackedDocuments(IterableDataset):
         if not self.endless:
             stream = takewhile(lambda found: found[0]["epoch"] == 0, stream)
         epoch = found = None
-        for begun, document in _read(stream):
+        for begun, document in read(stream):
             if begun["epoch"] != epoch:
                 if found == 0 and not self.state:
                     raise SpecError(f"of {shares} processes that read, one has no text in the {self.split} split")
@@ -116,16 +116,6 @@ class PackedDocuments(IterableDataset):
         shape = (1, -1) if self.packed else (-1, self.seq_len)
         row: Batch = {"tokens": torch.tensor(tokens).view(shape), "targets": torch.tensor(targets).view(shape)}
         return row | ({"cu_seqlens": torch.tensor(bounds, dtype=torch.int32)} if self.packed else {})
-
-
-def _read(stream: Iterator[Any]) -> Iterator[Any]:
-    try:
-        yield from stream
-    except SpecError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:  # pyarrow's are of these
-        what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        raise SpecError(f"a document cannot be read: {what}") from error
 
 
 def split_at_ends(rows: Tensor, end: int) -> Batch:
@@ -159,10 +149,20 @@ class TokenLoader:
         length: batches in what Lightning calls an epoch.
         elastic: whether the library goes on with another number of processes or workers.
         count: of the documents, or the files of a stream; with another one its state means nothing.
+        digests: of what else it means nothing without: of the `documents` and the `tokenizer`.
     """
 
-    def __init__(self, loader: Any, *, length: int, elastic: bool = False, count: int | None = None):
-        self.loader, self.length, self.elastic, self.count = loader, length, elastic, count
+    def __init__(
+        self,
+        loader: Any,
+        *,
+        length: int,
+        elastic: bool = False,
+        count: int | None = None,
+        digests: dict[str, str | None] | None = None,
+    ):
+        self.loader, self.length, self.elastic = loader, length, elastic
+        self.count, self.digests = count, digests or {}
         self.iterator: Iterator[Batch] | None = None
 
     def __len__(self) -> int:
@@ -194,7 +194,7 @@ class TokenLoader:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             states = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(states, self.loader.state_dict())
-        return {"workers": self.loader.num_workers, "processes": states, "count": self.count}
+        return {"workers": self.loader.num_workers, "processes": states, "count": self.count, "digests": self.digests}
 
     def load_state_dict(self, state: State) -> None:
         rank, processes = 0, 1
@@ -211,5 +211,8 @@ class TokenLoader:
                 f"data 'tokens' has {self.count} documents, or files of a stream, but had {state['count']} when the"
                 " checkpoint was written: give all of them to go on (--data.paths), or start anew"
             )
+        for what, flag in (("documents", "--data.paths"), ("tokenizer", "--data.tokenizer")):
+            before = state.get("digests", {}).get(what)  # earlier checkpoints have none
+            check_same(before, self.digests.get(what), f"the {what} of data 'tokens'", flag)
         self.loader.load_state_dict(state["processes"][min(rank, was[0] - 1)])
         self.iterator = None

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from mixers.registry import SpecError
+
 Batch = dict[str, Any]
 
 
@@ -24,11 +26,14 @@ class BatchStream:
     Args:
         make: batch number -> batch.
         length: batches in what Lightning calls an epoch, at least 1; iterating again goes on with the next number.
+        digest: of what batches are made from, if that is read from somewhere: with another one a number means nothing.
+        source: what that is, for the message.
     """
 
-    def __init__(self, make: Callable[[int], Batch], *, length: int):
+    def __init__(self, make: Callable[[int], Batch], *, length: int, digest: str | None = None, source: str = ""):
         self.make = make
         self.length = length
+        self.digest, self.source = digest, source
         self.next = 0
 
     def __len__(self) -> int:
@@ -40,11 +45,29 @@ class BatchStream:
             self.next += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        return {"next": self.next}
+    def state_dict(self) -> dict[str, Any]:
+        return {"next": self.next, "digest": self.digest}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_same(state.get("digest"), self.digest, self.source)
         self.next = state["next"]
+
+
+def check_same(before: str | None, now: str | None, what: str, flag: str = "--data.paths") -> None:
+    """Compares the digest in a checkpoint with that of what is there now, where both know one.
+
+    Args:
+        before, now: the digests.
+        what: they are of.
+        flag: that names it.
+
+    Raises:
+        SpecError: they differ.
+    """
+    if None not in (before, now) and before != now:
+        raise SpecError(
+            f"{what} changed since the checkpoint was written: give the same to go on ({flag}), or start anew"
+        )
 
 
 REPEATED = "repeated"

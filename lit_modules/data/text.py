@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_modules.data.files import find_files, read_texts, split_texts
+from lit_modules.data.files import digest_of, find_files, read_texts, split_texts
 from lit_modules.data.stream import Batch, BatchStream, FixedBatches
 from mixers.registry import SpecError, check_range
 
@@ -108,6 +108,8 @@ class TextData(pl.LightningDataModule):
         if not 0 < held_out < 0.5:
             raise SpecError(f"held_out {held_out} is outside its range 0..0.5")
         self.files = find_files(paths)
+        named = [paths] if isinstance(paths, str) else paths or ["the standard library"]
+        self.source = f"the text in {', '.join(map(str, named))}"
         self.text_field = text_field
         self.seq_len = seq_len
         self.batch_tokens = batch_tokens
@@ -116,11 +118,13 @@ class TextData(pl.LightningDataModule):
         self.limits = {"validation": validation_tokens, "test": test_tokens}
         self.seed = seed
         self.rows: dict[str, PackedRows] = {}
+        self.digest: str | None = None
 
     def setup(self, stage: str) -> None:
         if self.rows:
             return
         texts = read_texts(self.files, max_bytes=self.max_bytes, text_field=self.text_field)
+        self.digest = digest_of(texts)  # of all, so that sizes and splits may change in a run that goes on
         splits = split_texts(texts, held_out=self.held_out)
         for split, texts in splits.items():
             if not texts:
@@ -137,7 +141,8 @@ class TextData(pl.LightningDataModule):
         def make(number: int) -> Batch:
             return rows.row(*divmod(number * world_size + rank, rows.num_rows))
 
-        return BatchStream(make, length=max(1, rows.num_rows // world_size))
+        length = max(1, rows.num_rows // world_size)
+        return BatchStream(make, length=length, digest=self.digest, source=self.source)
 
     def _fixed(self, split: str) -> FixedBatches:
         rows, (rank, world_size) = self.rows[split], self._ranks()

@@ -1,5 +1,6 @@
 """Next-token prediction on data sets of Hugging Face's, with any of its tokenizers, or on litdata's folders."""
 
+import json
 import warnings
 from functools import partial
 from itertools import islice
@@ -10,7 +11,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lit_modules.data.documents import INSTALL, TOKENIZER, check_field, count_of, open_documents
+from lit_modules.data.documents import INSTALL, TOKENIZER, check_field, count_of, open_documents, sample_of
+from lit_modules.data.files import digest_of
 from lit_modules.data.packing import PackedDocuments, TokenLoader
 from lit_modules.data.stream import Batch, FixedBatches
 from mixers.registry import SpecError, check_positive, check_range
@@ -137,7 +139,8 @@ class TokenData(pl.LightningDataModule):
     def train_dataloader(self) -> TokenLoader:
         if self.litdata:
             loader = self.opened.loader("train", self.batch_tokens, self.num_workers)
-            return TokenLoader(loader, length=self.batches_per_epoch, elastic=True)
+            digests = {"documents": self.opened.digest, "tokenizer": _digest(self.tokenizer)}
+            return TokenLoader(loader, length=self.batches_per_epoch, elastic=True, digests=digests)
         loader_class = _stateful_loader()
         rows = self.rows("train", self.batch_tokens, **self._ranks())
         how = {"batch_size": None, "num_workers": self.num_workers}
@@ -145,7 +148,9 @@ class TokenData(pl.LightningDataModule):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*'set_vital' is deprecated")  # torchdata's own call
             loader = loader_class(rows, generator=generator, **how)
-        return TokenLoader(loader, length=self.batches_per_epoch, count=count_of(self.opened))
+        sample = sample_of(self.opened, self.field, self.paths)
+        digests = {"documents": sample, "tokenizer": _digest(self.tokenizer)}
+        return TokenLoader(loader, length=self.batches_per_epoch, count=count_of(self.opened), digests=digests)
 
     def _fixed(self, split: str) -> FixedBatches:
         row_tokens = min(self.batch_tokens, self.limits[split])
@@ -181,6 +186,14 @@ class TokenData(pl.LightningDataModule):
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+
+def _digest(tokenizer: Any) -> str:
+    """Of all that makes text ids, not only of the vocabulary."""
+    _encode(tokenizer, "")  # sets how to truncate and to pad, which would be part of it
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    whole = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)  # one in Python
+    return digest_of([whole.encode()])
 
 
 def load_tokenizer(name: str) -> Any:

@@ -1,3 +1,4 @@
+import gzip
 import json
 import random
 import sys
@@ -68,6 +69,37 @@ def test_what_loads_tokens_is_missed_before_they_are_written(run, here, corpus, 
     how = "--tokenizer tokenizer.json --eos_token <end> --paths texts.jsonl"
     assert "loads with torchdata: pip install" in run(f"tokenize {how} --out tokens").error
     assert not (here / "tokens").exists()
+
+
+def cut(data):
+    return data[:-100]
+
+
+def flipped(data):
+    return data[:10] + b"\xff" + data[11:]
+
+
+@pytest.mark.parametrize(
+    ("command", "damage"),
+    [
+        (f"fit --data tokens {TINY} --steps 40 --data.validation_tokens 64 --data.num_workers 0", flipped),
+        (f"fit --data tokens {TINY} --steps 40 --data.validation_tokens 64 --data.num_workers 2", cut),
+        ("tokenize --out tokens --streaming", cut),
+    ],
+)
+def test_a_damaged_shard_is_one_line(run, here, corpus, command, damage):
+    lines = (here / "texts.jsonl").read_text().splitlines(keepends=True)
+    (here / "shards").mkdir()
+    (here / "shards/0.jsonl").write_text("".join(lines[:60]))
+    (here / "shards/1.jsonl.gz").write_bytes(damage(gzip.compress("".join(lines[60:]).encode())))
+    prefix = "--data." if command.startswith("fit") else "--"
+    words = ["paths shards", "tokenizer tokenizer.json", "eos_token <end>"]
+    words += ["streaming true"] if prefix == "--data." else []
+    result = run(f"{command} " + " ".join(prefix + word for word in words))
+    assert result.code == 2 and "Traceback" not in result.err
+    last = result.err.strip().splitlines()[-1]  # after the bar
+    assert last.startswith("error: data '") and "shards/1.jsonl.gz' cannot be read: " in last
+    assert {path.name for path in here.iterdir()} == {"texts.jsonl", "tokenizer.json", "shards"}
 
 
 @pytest.mark.parametrize(

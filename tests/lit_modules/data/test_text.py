@@ -87,6 +87,22 @@ def test_it_does_not_matter_where_the_files_lie(folder, tmp_path_factory):
     assert all(here.rows[split].bytes.tobytes() == there.rows[split].bytes.tobytes() for split in here.rows)
 
 
+def test_a_run_goes_on_over_the_same_text_alone(folder, tmp_path_factory):
+    loader = data(folder).train_dataloader()
+    batches = iter(loader)
+    next(batches)
+    state, expected = loader.state_dict(), next(batches)
+    moved = tmp_path_factory.mktemp("elsewhere") / "moved"
+    shutil.copytree(folder, moved, copy_function=shutil.copyfile)  # touched, too
+    resumed = data(str(moved)).train_dataloader()
+    resumed.load_state_dict(state)
+    assert all(torch.equal(batch, expected[key]) for key, batch in next(iter(resumed)).items())
+    data(str(moved), held_out=0.1, batch_tokens=64, seed=1).train_dataloader().load_state_dict(state)
+    (moved / "7.txt").write_text((moved / "7.txt").read_text().replace("e", "E", 1))
+    with pytest.raises(SpecError, match="the text in .*moved changed since"):
+        data(str(moved)).train_dataloader().load_state_dict(state)
+
+
 def test_ranks_share_an_epoch_and_the_next_epoch_is_in_another_order(folder):
     made = data(folder)
     whole = [batch["tokens"] for batch in made.train_dataloader()]

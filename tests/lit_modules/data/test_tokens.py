@@ -3,7 +3,6 @@ import io
 import json
 import pickle
 from itertools import islice
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -174,39 +173,6 @@ def test_other_formats_hold_the_same_documents(tokens, documents, tmp_path, how)
     for options in ({"paths": "texts"}, {"paths": "all.jsonl.gz"}, {"paths": "all.parquet", "field": "content"}):
         found = {*texts_of(tokens(**how | options | {"paths": str(tmp_path / options["paths"])}), "validation")}
         assert len(found ^ expected) <= 2  # what is left is less than a row
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_broken_shard_is_one_line(tokens, tmp_path, documents, num_workers):
-    lines = [json.dumps({"text": text}) for text in documents]
-    (tmp_path / "0.jsonl").write_text("\n".join(lines[:100]))
-    (tmp_path / "1.jsonl").write_text("\n".join(lines[100:])[:-20])
-    data = tokens(paths=str(tmp_path), num_workers=num_workers, **STREAM)
-    with pytest.raises(SpecError, match="^a document cannot be read: .*") as raised:
-        list(islice(data.train_dataloader(), 200))
-    assert "\n" not in str(raised.value)
-
-
-def test_a_broken_shard_is_named(tokens, tmp_path, documents):
-    from datasets import Dataset
-
-    for number in range(3):
-        Dataset.from_dict({"text": documents[number::3]}).to_parquet(tmp_path / f"{number}.parquet")
-    broken = tmp_path / "1.parquet"
-    whole = broken.read_bytes()
-    for part in (whole[: len(whole) // 2], whole[:200] + bytes(400) + whole[600:]):
-        broken.write_bytes(part)
-        with pytest.raises(SpecError, match="data '.*1.parquet' cannot be read"):
-            tokens(paths=str(tmp_path))
-
-
-@pytest.mark.parametrize(("how", "counts"), [({}, (133, 200)), (STREAM, (2, 3))], ids=["table", "stream"])
-def test_a_shard_that_is_gone_is_missed(tokens, corpus, tmp_path, how, counts):
-    state = tokens(**how).train_dataloader().state_dict()
-    for name in ("0.jsonl", "2.jsonl"):
-        (tmp_path / name).write_bytes((Path(corpus) / name).read_bytes())
-    with pytest.raises(SpecError, match="has {} documents.* but had {} when".format(*counts)):
-        tokens(paths=str(tmp_path), **how).train_dataloader().load_state_dict(state)
 
 
 @pytest.mark.parametrize("package", ["datasets", "torchdata.stateful_dataloader", "transformers"])
