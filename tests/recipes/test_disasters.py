@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from lit_modules.run_stats import RunStats
+from recipes.run_folder import RunFolder
 from tests.recipes.processes import run as run_apart
 
 
@@ -38,6 +40,19 @@ def test_what_is_no_checkpoint_of_ours_is_refused(run, here, given):
     assert [path.name for path in here.iterdir()] == ["bad.ckpt"]
 
 
+def test_a_run_goes_on_over_the_same_text_alone(run, trained, here, texts):
+    line = f"fit --ckpt_path {trained}/runs/ham-text-1/checkpoints/all-step=3.ckpt --data.paths [moved]"
+    moved = shutil.copytree(texts, here / "moved", copy_function=shutil.copyfile)  # touched, too
+    assert run(line).code == 0
+    paths = (folder / "runs/ham-text-1/checkpoints/last.ckpt" for folder in (trained, here))
+    whole, resumed = (torch.load(path, weights_only=True)["state_dict"] for path in paths)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    (moved / "one.txt").write_text((moved / "one.txt").read_text().replace("e", "E", 1))
+    error = run(line).error
+    assert error.startswith("the text in moved changed since the checkpoint was written: give the same to go on")
+    assert [path.name for path in here.glob("runs/*")] == ["ham-text-1"]
+
+
 def at_step_3(happens):
     before = RunStats.on_train_batch_start
 
@@ -55,6 +70,23 @@ def full_disk(rank):
     at_step_3(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY)))
 
 
+def unwritable():
+    """No folder here may be written, by nobody: root may write into any."""
+    for folder in Path().glob("**/"):
+        folder.chmod(0o555)
+    if os.getuid() == 0:
+        os.setuid(65534)
+
+
+def unwritable_at_step_3(rank):
+    at_step_3(unwritable)
+
+
+def unwritable_at_first(rank):
+    make = RunFolder.make
+    RunFolder.make = lambda *args: unwritable() or make(*args)
+
+
 def dead_worker(rank):
     at_step_3(lambda: [os.kill(worker.pid, signal.SIGKILL) for worker in multiprocessing.active_children()])
 
@@ -63,11 +95,14 @@ def dead_worker(rank):
     ("task", "happens", "message"),
     [
         ("text", full_disk, "step=4.ckpt cannot be written: File too large"),
+        ("mqar", unwritable_at_step_3, "Permission denied"),
         ("workers", dead_worker, "is killed by signal: Killed"),
     ],
 )
 def test_a_run_ends_in_one_line_and_its_last_checkpoint_stays(here, line_of, task, happens, message):
     codes, said = run_apart(line_of(task), here, change=happens)
+    for path in here.glob("**/"):
+        path.chmod(0o755)
     lines = said[0].splitlines()
     assert codes == [2] and message in "".join(line for line in lines if line.startswith("error: ")), said
     assert "Traceback" not in said[0]
@@ -81,3 +116,10 @@ def test_a_run_ends_in_one_line_and_its_last_checkpoint_stays(here, line_of, tas
     assert there == {"last.ckpt", last}
     codes, said = run_apart("fit --ckpt_path last", here)
     assert codes == [0] and f"last.ckpt -> {last}" in said[0], said
+
+
+def test_a_run_does_not_begin_where_nothing_may_be_written(here, line_of):
+    codes, said = run_apart(line_of("mqar"), here, change=unwritable_at_first)
+    here.chmod(0o755)
+    assert codes == [2] and said[0].splitlines()[-1] == "error: runs: Permission denied", said
+    assert "Traceback" not in said[0] and [path.name for path in here.iterdir()] == ["said-0"]
