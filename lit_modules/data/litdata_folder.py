@@ -1,12 +1,15 @@
 """Folders of tokens that litdata's `optimize` wrote with its `TokensLoader`, by its own dataset and loader."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from lit_modules.data.files import digest_of
 from lit_modules.data.packing import split_at_ends
@@ -36,12 +39,13 @@ class LitdataRows:
             raise SpecError(f"{folder} needs litdata: pip install 'lightning-mixers[litdata]' ({reason})") from error
         self.folder, self.end, self.seq_len = folder, end, seq_len
         try:
+            _check_chunks(folder)
             rows = StreamingDataset(str(folder), item_loader=TokensLoader(seq_len + 1), shuffle=True, seed=seed)
             names = ("train", "validation", "test")
             shares = [1 - 2 * held_out, held_out, held_out]
             self.splits: dict[str, Any] = dict(zip(names, train_test_split(rows, shares, seed=seed), strict=True))
         except Exception as error:
-            raise SpecError(f"litdata cannot open {folder}: {(str(error).splitlines() or [repr(error)])[0]}") from error
+            raise SpecError(f"litdata cannot open {folder}: {_reason(error)}") from error
         self.digest = digest_of([(folder / "index.json").read_bytes()])  # which lists the chunks
 
     def loader(self, split: str, row_tokens: int, num_workers: int) -> Any:
@@ -50,13 +54,13 @@ class LitdataRows:
 
         rows = deepcopy(self.splits[split])  # a data set of litdata's knows where its one loader is
         how = {"batch_size": max(1, row_tokens // self.seq_len), "num_workers": num_workers, "drop_last": True}
-        return StreamingDataLoader(rows, collate_fn=self.batch, **how)
+        return _Loader(StreamingDataLoader(rows, collate_fn=self.batch, **how), self.folder)
 
     def fixed(self, split: str, row_tokens: int) -> Iterator[Batch]:
         """The same batches every time, for every process."""
         rows, count = self.splits[split], max(1, row_tokens // self.seq_len)
-        for begin in range(0, len(rows) - count + 1, count):
-            yield self.batch([rows[i] for i in range(begin, begin + count)])
+        begins = range(0, len(rows) - count + 1, count)
+        return _read((self.batch([rows[i] for i in range(begin, begin + count)]) for begin in begins), self.folder)
 
     def batch(self, blocks: list[Tensor]) -> Batch:
         """Of blocks (seq_len + 1,)."""
@@ -64,3 +68,39 @@ class LitdataRows:
         if self.end is not None:
             return split_at_ends(rows, self.end)
         return {"tokens": rows[:, :-1].contiguous(), "targets": rows[:, 1:].contiguous()}
+
+
+class _Loader:
+    """litdata's loader, where what goes wrong is one line that names the folder."""
+
+    def __init__(self, loader: Any, folder: Path):
+        self.loader, self.folder = loader, folder
+        self.num_workers, self.load_state_dict = loader.num_workers, loader.load_state_dict
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _read(self.loader, self.folder)
+
+    def state_dict(self) -> dict[str, Any]:
+        """litdata's, without the numbers of NumPy's in it: a checkpoint is plain data."""
+        return tree_map(lambda x: x.item() if isinstance(x, np.generic) else x, self.loader.state_dict())
+
+
+def _read(batches: Iterable[Batch], folder: Path) -> Iterator[Batch]:
+    try:
+        yield from batches
+    except Exception as error:
+        if "DataLoader worker (pid" in str(error):  # one died, which is no fault of the folder
+            raise
+        raise SpecError(f"litdata cannot read {folder}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Its last line: that of a worker begins with the traceback there."""
+    return (str(error).strip().splitlines() or [repr(error)])[-1]
+
+
+def _check_chunks(folder: Path) -> None:
+    """Raises FileNotFoundError for a chunk that is missing: litdata would wait for it as if it were still to come."""
+    for chunk in json.loads((folder / "index.json").read_text())["chunks"]:
+        if not (folder / chunk["filename"]).is_file():
+            raise FileNotFoundError(f"{chunk['filename']} is missing, which index.json lists")

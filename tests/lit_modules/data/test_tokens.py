@@ -182,36 +182,6 @@ def test_a_missing_package_is_one_line(tokens, monkeypatch, package):
         tokens().train_dataloader()
 
 
-def test_a_folder_of_litdata(tokens, tmp_path):
-    litdata = pytest.importorskip(
-        "litdata", exc_type=ImportError, reason="not among the test extra: it needs torchvision"
-    )
-    from litdata.streaming.writer import BinaryWriter
-
-    folder = tmp_path / "chunks"
-    writer = BinaryWriter(str(folder), chunk_bytes=512, item_loader=litdata.TokensLoader())
-    for i in range(64):
-        writer.add_item(i, torch.cat([torch.full((30 + i,), 1 + i), torch.zeros(1, dtype=torch.long)]).to(torch.uint16))
-    writer.done()
-    writer.merge(1)
-    data = tokens(paths=str(folder))
-    loader = data.train_dataloader()
-    batches = iter(loader)
-    for batch in islice(batches, 5):
-        assert batch["tokens"].shape == (1, 128)
-        for ids, targets in pieces(batch):
-            assert len({*ids} - {0}) <= 1  # each of these documents repeats one id
-            assert ids[1:] == targets[:-1] or targets[-2] == IGNORED or ids[-1] == 0
-    state = loader.state_dict()
-    later = list(islice(batches, 4))
-    for num_workers in (0, 2):  # litdata goes on with any number
-        resumed = tokens(paths=str(folder), num_workers=num_workers).train_dataloader()
-        resumed.load_state_dict(state)
-        for ours, theirs in zip(later, resumed, strict=False):
-            assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert len(data.val_dataloader()) >= 1
-
-
 @pytest.mark.parametrize("how", [{}, STREAM], ids=["table", "stream"])
 def test_documents_without_text_are_refused_and_not_read_forever(tokens, tmp_path, how):
     path = tmp_path / "empty.jsonl"
