@@ -1,14 +1,20 @@
 """FSDP2 by a name: Lightning's ModelParallelStrategy, with all processes sharing the data and none the tensors."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 
-from lit_modules.sharded import named
+from lit_modules.disk import disk_error
+from lit_modules.sharded import META, OPTIMIZER, WEIGHTS, named
+from mixers.registry import SpecError
 
 
 class FSDP2(ModelParallelStrategy):
@@ -31,17 +37,49 @@ class FSDP2(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Writes beside, then puts in place; Lightning writes over what a folder holds, shard by shard."""
+        """Writes beside, then puts in place; Lightning writes over what a folder holds, shard by shard.
+
+        Raises:
+            SpecError: in all processes, where one cannot write; what stood there before is as it was.
+        """
         path = Path(self.broadcast(filepath))
         part = path.with_name(f"{path.name}.part")
+        sharded = self._save_distributed_checkpoint and storage_options is None  # which Lightning refuses
+        with self._all_or_none(path, part):
+            if self.is_global_zero:
+                _remove(part)
+        with self._all_or_none(path, part):
+            if sharded:
+                _save_shards(checkpoint, part)
+            else:
+                super().save_checkpoint(checkpoint, part, storage_options)
+        with self._all_or_none(path, part):
+            if self.is_global_zero:
+                if sharded:
+                    with open(part / META, "wb") as file:
+                        torch.save(checkpoint, file)
+                put_in_place(part, path)
+
+    @contextmanager
+    def _all_or_none(self, path: Path, part: Path) -> Iterator[None]:
+        """Lets processes go on once all have done what is within; where one cannot write, all raise SpecError.
+
+        It would else be gone, while the others wait for it.
+        """
+        said, failure = "", None
+        try:
+            yield
+        except (CheckpointException, OSError, RuntimeError, SpecError) as error:
+            said, failure = _said(error), error
+            if not said:  # no word of a file: a process is lost, and will not be heard below
+                raise
+        if self.reduce_boolean_decision(failure is None):
+            return
         if self.is_global_zero:
-            _remove(part)
-        self.barrier()
-        super().save_checkpoint(checkpoint, part, storage_options)
-        self.barrier()
-        if self.is_global_zero:
-            put_in_place(part, path)
-        self.barrier()
+            with suppress(OSError):
+                _remove(part)
+        said = self.broadcast(said) or said or "another process says why"
+        raise SpecError(f"{path} cannot be written: {said}") from failure
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a folder as Lightning does, and a file of any strategy.
@@ -61,6 +99,32 @@ class FSDP2(ModelParallelStrategy):
             ours = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
             set_optimizer_state_dict(self.model, optimizer, named(state, ours), options=whole)
         return checkpoint
+
+
+class _Writer(dcp.FileSystemWriter):
+    """torch's, but raises the system's own error: that of torch loses its cause on the way to the other processes."""
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().write_data(*args, **kwargs)
+        except RuntimeError as error:
+            raise disk_error(error) or error from None
+
+
+def _save_shards(checkpoint: dict[str, Any], folder: Path) -> None:
+    """Writes this process's part of weights and optimizers, and takes them out of the checkpoint."""
+    state = {WEIGHTS: checkpoint.pop(WEIGHTS)}
+    state |= {OPTIMIZER.format(i): one for i, one in enumerate(checkpoint.pop("optimizer_states", []))}
+    dcp.save(state, storage_writer=_Writer(folder))
+
+
+def _said(error: BaseException) -> str:
+    """Why a checkpoint cannot be written, of the first process that says so; nothing of errors of another kind."""
+    if isinstance(error, CheckpointException):
+        failures = [failure for failure, _ in error.failures.values()]
+        return next(filter(None, map(_said, failures)), "") or f"{type(failures[0]).__name__}: {failures[0]}"
+    found = disk_error(error)
+    return found.strerror if found else ""
 
 
 def put_in_place(part: Path, path: Path) -> None:

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from lit_modules.disk import disk_error
 from mixers.registry import SpecError
 from recipes.messages import one_line
 
@@ -84,20 +85,14 @@ def written_whole(path: Path) -> Iterator[Path]:
     except SpecError:
         raise
     except (OSError, RuntimeError, ValueError) as error:  # torch and safetensors have errors of their own for these
-        raise SpecError(f"{path} cannot be written: {disk_error(error) or one_line(str(error))}") from error
+        said = disk_error(error)
+        raise SpecError(f"{path} cannot be written: {said.strerror if said else one_line(str(error))}") from error
     finally:
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
         else:
             with suppress(OSError):
                 part.unlink()
-
-
-def disk_error(error: BaseException | None) -> str | None:
-    """What the system said, if that is what is behind an error: torch goes on to write where the disk is full."""
-    while error and not (isinstance(error, OSError) and error.strerror):
-        error = error.__cause__ or error.__context__
-    return error and error.strerror
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """What a run cannot go on with ends it in a line that names the thing, and the last good checkpoint stays."""
 
+import errno
 import multiprocessing
 import os
 import pickle
@@ -9,7 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
+import lit_modules.strategies
 from lit_modules.run_stats import RunStats
 from recipes.run_folder import RunFolder
 from tests.recipes.processes import run as run_apart
@@ -87,25 +91,54 @@ def unwritable_at_first(rank):
     RunFolder.make = lambda *args: unwritable() or make(*args)
 
 
+def meta_lost(rank):
+    """Of a sharded checkpoint, the file that the first process writes alone."""
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    at_step_3(lambda: vars(lit_modules.strategies).update(open=full))
+
+
 def dead_worker(rank):
     at_step_3(lambda: [os.kill(worker.pid, signal.SIGKILL) for worker in multiprocessing.active_children()])
 
 
+ONE_FILE = "--trainer.strategy.save_distributed_checkpoint false"
+
+
 @pytest.mark.parametrize(
-    ("task", "happens", "message"),
+    ("task", "flags", "happens", "message"),
     [
-        ("text", full_disk, "step=4.ckpt cannot be written: File too large"),
-        ("mqar", unwritable_at_step_3, "Permission denied"),
-        ("workers", dead_worker, "is killed by signal: Killed"),
+        ("text", "", full_disk, "step=4.ckpt cannot be written: File too large"),
+        ("text", "--strategy fsdp2", full_disk, "step=4.ckpt cannot be written: File too large"),
+        pytest.param(
+            "text",
+            "--strategy fsdp2",
+            meta_lost,
+            "step=4.ckpt cannot be written: No space left",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "text",
+            f"--strategy fsdp2 {ONE_FILE}",
+            full_disk,
+            "step=4.ckpt cannot be written: File too large",
+            marks=pytest.mark.slow,
+        ),
+        ("mqar", "", unwritable_at_step_3, "Permission denied"),
+        ("workers", "", dead_worker, "is killed by signal: Killed"),
     ],
 )
-def test_a_run_ends_in_one_line_and_its_last_checkpoint_stays(here, line_of, task, happens, message):
-    codes, said = run_apart(line_of(task), here, change=happens)
+def test_a_run_ends_in_one_line_and_its_last_checkpoint_stays(here, line_of, task, flags, happens, message):
+    processes = 2 if "fsdp2" in flags else 1
+    codes, said = run_apart(f"{line_of(task)} {flags}", here, processes=processes, change=happens)
     for path in here.glob("**/"):
         path.chmod(0o755)
-    lines = said[0].splitlines()
-    assert codes == [2] and message in "".join(line for line in lines if line.startswith("error: ")), said
-    assert "Traceback" not in said[0]
+    assert codes == [2] * processes, said
+    for lines in said:
+        assert message in "".join(line for line in lines.splitlines() if line.startswith("error: ")), said
+        assert "Traceback" not in lines
     (folder,) = here.glob("runs/*/checkpoints")
     last = os.readlink(folder / "last.ckpt")
     there = {path.name for path in folder.iterdir()}
@@ -114,8 +147,8 @@ def test_a_run_ends_in_one_line_and_its_last_checkpoint_stays(here, line_of, tas
     else:
         assert last == "step=2.ckpt"
     assert there == {"last.ckpt", last}
-    codes, said = run_apart("fit --ckpt_path last", here)
-    assert codes == [0] and f"last.ckpt -> {last}" in said[0], said
+    codes, said = run_apart("fit --ckpt_path last", here, processes=processes)
+    assert codes == [0] * processes and f"last.ckpt -> {last}" in said[0], said
 
 
 def test_a_run_does_not_begin_where_nothing_may_be_written(here, line_of):
@@ -123,3 +156,18 @@ def test_a_run_does_not_begin_where_nothing_may_be_written(here, line_of):
     here.chmod(0o755)
     assert codes == [2] and said[0].splitlines()[-1] == "error: runs: Permission denied", said
     assert "Traceback" not in said[0] and [path.name for path in here.iterdir()] == ["said-0"]
+
+
+def test_a_large_shard_that_does_not_fit_says_why(tmp_path):
+    """torch fails once more where it ends the file, and its error reaches the other processes without the first."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+        with pytest.raises(CheckpointException) as raised:
+            writer = lit_modules.strategies._Writer(tmp_path)
+            dcp.save({"weight": torch.zeros(100_000)}, storage_writer=writer, no_dist=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert lit_modules.strategies._said(pickle.loads(pickle.dumps(raised.value))) == "File too large"

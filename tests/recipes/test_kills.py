@@ -7,21 +7,25 @@ from functools import partial
 import pytest
 import torch
 
+from lit_modules.sharded import load_whole
 from tests.recipes.processes import PLACES, arm, run
 
-CASES = [(task, processes) for task in ("mqar", "text", "tokens", "workers") for processes in (1, 2)]
+CASES = [(task, processes, "") for task in ("mqar", "text", "tokens", "workers") for processes in (1, 2)]
+SHARDED = [(task, 2, "--strategy fsdp2 --keep 2") for task in ("text", "tokens")]
+RANDOM = [*zip(range(24), CASES * 3, strict=True), *zip(range(24, 30), SHARDED * 3, strict=True)]
 
 
 @pytest.fixture(scope="module")
 def whole(line_of, tmp_path_factory):
-    """(task, processes) -> what a run ends with that nothing happens to."""
+    """(task, processes, flags) -> what a run ends with that nothing happens to."""
     found = {}
 
     def make(*case):
         if case not in found:
+            task, processes, flags = case
             folder = tmp_path_factory.mktemp("whole")
-            codes, said = run(line_of(case[0]), folder, processes=case[1])
-            assert codes == [0] * case[1], said
+            codes, said = run(f"{line_of(task)} {flags}", folder, processes=processes)
+            assert codes == [0] * processes, said
             found[case] = end_of(folder)
         return found[case]
 
@@ -31,7 +35,7 @@ def whole(line_of, tmp_path_factory):
 def end_of(folder):
     """Weights, moments and schedule of the newest run."""
     newest = max((folder / "runs").iterdir(), key=lambda run: int(run.name.rpartition("-")[2]))
-    saved = torch.load(newest / "checkpoints/last.ckpt", weights_only=True)
+    saved = load_whole(newest / "checkpoints/last.ckpt")
     assert saved["global_step"] == 6 and saved["callbacks"]["ValidateAtEnd"]["done"]
     return torch.utils._pytree.tree_leaves([saved[key] for key in ("state_dict", "optimizer_states", "lr_schedulers")])
 
@@ -51,15 +55,15 @@ def kill_and_go_on(folder, line, expected, processes, **blow):
 
 def test_a_kill_while_a_checkpoint_is_written(here, line_of, whole):
     blow = {"to": 0, "place": "checkpointing", "step": 4, "after": 3000}
-    kill_and_go_on(here, line_of("text"), whole("text", 1), 1, **blow)
+    kill_and_go_on(here, line_of("text"), whole("text", 1, ""), 1, **blow)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(24))
-def test_a_kill_at_a_random_moment(here, line_of, whole, seed):
-    task, processes = CASES[seed % len(CASES)]
+@pytest.mark.parametrize(("seed", "case"), RANDOM)
+def test_a_kill_at_a_random_moment(here, line_of, whole, seed, case):
+    task, processes, flags = case
     rng = random.Random(seed)
     blow = {"place": rng.choice([*PLACES]), "step": rng.randrange(6), "after": int(10 ** rng.uniform(0, 4))}
     blow["to"] = rng.randrange(processes)
-    print(task, processes, blow)
-    kill_and_go_on(here, line_of(task), whole(task, processes), processes, **blow)
+    print(*case, blow)
+    kill_and_go_on(here, f"{line_of(task)} {flags}", whole(*case), processes, **blow)
