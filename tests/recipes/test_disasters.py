@@ -158,6 +158,7 @@ def test_a_run_does_not_begin_where_nothing_may_be_written(here, line_of):
     assert "Traceback" not in said[0] and [path.name for path in here.iterdir()] == ["said-0"]
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_large_shard_that_does_not_fit_says_why(tmp_path):
     """torch fails once more where it ends the file, and its error reaches the other processes without the first."""
     import resource
