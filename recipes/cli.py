@@ -41,6 +41,7 @@ from recipes.messages import one_line, program
 from recipes.results import written_whole
 from recipes.run_folder import RunFolder
 from recipes.task import sized
+from recipes.watchdog import Watchdog
 
 NOISE = (
     ".*does not have many workers.*",
@@ -256,7 +257,7 @@ class RecipeCLI(LightningCLI):
             trainer.strategy.checkpoint_io = WholeFiles()
         for callback in trainer.callbacks:
             if isinstance(callback, NextSteps):
-                callback.commands = {why: as_run(command) for why, command in callback.commands.items()}
+                callback.commands = {why: plugins.as_run(command) for why, command in callback.commands.items()}
         asked = self._get(self.config, "model").init_args.get("kv_usage")
         if self.saved and asked != self.saved.hparams.get("kv_usage"):
             trainer.callbacks.append(AskedUsage(asked))
@@ -285,6 +286,8 @@ class RecipeCLI(LightningCLI):
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         stopped = StopBetweenSteps()
         self.trainer.callbacks.append(stopped)
+        if self.trainer.world_size > 1:
+            self.trainer.callbacks.append(Watchdog(self._go_on))
         try:
             self.trainer.fit(model, **kwargs)
         except UnavailableBackend as error:
@@ -310,7 +313,7 @@ class RecipeCLI(LightningCLI):
 
     def _go_on(self) -> str:
         saved = self.trainer.checkpoint_callback and self.trainer.checkpoint_callback.last_model_path
-        again = as_run(f"python -m recipes fit --ckpt_path {saved}")
+        again = plugins.as_run(f"python -m recipes fit --ckpt_path {saved}")
         return f"go on with\n  {again}" if saved else "nothing was saved"
 
     def predict(self, model: LightningModule, **kwargs: Any) -> None:
@@ -356,12 +359,6 @@ def mistake_in(error: BaseException | None) -> SpecError | None:
             return SpecError(one_line(str(error)))
         error = error.__cause__ or error.__context__
     return None
-
-
-def as_run(command: str) -> str:
-    """A command of ours, to be printed, as it was started here: with the same program and plug-ins."""
-    head = "python -m recipes "
-    return f"{program()} {command.removeprefix(head)}{plugins.flags()}" if command.startswith(head) else command
 
 
 def run_name(mixer: str, data_class: str) -> str:

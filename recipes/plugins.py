@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mixers.registry import MIXERS, ROUTERS, THRESHOLDS, Registry, SpecError, parse_pattern, parse_spec
+from recipes.messages import program
 
 OURS = {"kernels", "mixers", "lit_modules", "recipes"}
 CLASS = re.compile(r"((?:[^\W\d]\w*)(?:\.[^\W\d]\w*)*)[.:][^\W\d]\w*")
@@ -32,6 +33,12 @@ def take(args: list[str]) -> list[str]:
             raise SpecError("--plugin needs a value: a module, or a file such as ./my_router.py")
         NAMED[value] = _import(value)
     return rest
+
+
+def as_run(command: str) -> str:
+    """A command of ours, to be printed, as it was started here: with the same program and plug-ins."""
+    head = "python -m recipes "
+    return f"{program()} {command.removeprefix(head)}{flags()}" if command.startswith(head) else command
 
 
 def packages() -> set[str]:

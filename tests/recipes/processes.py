@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from multiprocessing import get_context, set_start_method
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -88,7 +89,15 @@ def _process(line: str, folder: str, rank: int, port: int, change: Callable | No
     sys.exit(code)
 
 
-def run(line: str, folder: Path, *, processes: int = 1, change: Callable | None = None, within: int = 240):
+def run(
+    line: str,
+    folder: Path,
+    *,
+    processes: int = 1,
+    change: Callable | None = None,
+    within: float = 240,
+    rest: float | None = None,
+):
     """Runs a command line.
 
     Args:
@@ -97,6 +106,7 @@ def run(line: str, folder: Path, *, processes: int = 1, change: Callable | None 
         processes: how many.
         change: called with its rank in each of them, before.
         within: seconds after which all are killed, for the test to fail.
+        rest: seconds after the end of the first after which the others are killed; as many as `within` if not given.
 
     Returns:
         The exit codes, and what each of the processes said.
@@ -111,8 +121,9 @@ def run(line: str, folder: Path, *, processes: int = 1, change: Callable | None 
     started = [FORKS.Process(target=_process, args=(line, folder, rank, port, change)) for rank in ranks]
     for process in started:
         process.start()
+    wait([process.sentinel for process in started], within)
     for process in started:
-        process.join(within)
+        process.join(within if rest is None else rest)
     for process in started:
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
