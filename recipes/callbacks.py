@@ -16,9 +16,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_modules.averaging import WeightAverage
 from lit_modules.callbacks import CalibrateThresholds, RNGState
 from lit_modules.finite import not_finite
+from lit_modules.routing_monitor import RoutingMonitor
 from lit_modules.sharded import WholeCheckpointIO
 from mixers import SpecError, set_kv_usage
 from mixers.registry import check_positive
+from mixers.threshold import thresholds_of
 from recipes.checkpoint.saved import PROCESSES, RECIPE
 from recipes.results import written_whole
 
@@ -181,7 +183,9 @@ PLACES = {
 MISSED = {
     CalibrateThresholds: "the KV usage is not fitted to the one asked for",
     ValidateAtEnd: "the last step is not validated",
+    LinkedCheckpoint: "a run that is stopped does not save",
     RNGState: "a resumed run draws other random numbers",
+    RoutingMonitor: "the KV usage by head is not logged",
 }
 
 
@@ -199,9 +203,21 @@ def in_order(callbacks: list[Callback]) -> list[Callback]:
     return sorted(callbacks, key=place)
 
 
-def missed(callbacks: list[Callback]) -> str:
-    """What a run goes without that has not all callbacks of the recipes: one line, or nothing."""
-    lacking = [kind for kind in MISSED if not any(isinstance(callback, kind) for callback in callbacks)]
+def missed(trainer: Trainer, model: LightningModule) -> str:
+    """What a fit goes without that has not all callbacks of the recipes: one line, or nothing.
+
+    What would do nothing in this run is not missed: without thresholds, loggers or checkpoints; nor is ours that saves,
+    where the user's does so, too.
+    """
+    routes = next(thresholds_of(model), None) is not None
+    needed = {CalibrateThresholds: routes, RoutingMonitor: routes and bool(trainer.loggers)}
+    saving = trainer.checkpoint_callbacks
+    needed[LinkedCheckpoint] = bool(saving) and not any(getattr(one, "save_on_exception", False) for one in saving)
+    lacking = [
+        kind
+        for kind in MISSED
+        if needed.get(kind, True) and not any(isinstance(callback, kind) for callback in trainer.callbacks)
+    ]
     said = "; ".join(f"without {kind.__name__} {MISSED[kind]}" for kind in lacking)
     return said and f"these callbacks replace the recipe's: {said}. --trainer.callbacks+= adds to them"
 

@@ -247,12 +247,12 @@ class RecipeCLI(LightningCLI):
         for callback in kwargs["callbacks"]:  # Lightning asks the first logger, and W&B's answer is no folder of runs
             if isinstance(callback, LinkedCheckpoint) and self.folder.path and callback.dirpath is None:
                 callback.dirpath = str(self.folder.path / "checkpoints")
-        if writes and (without := missed(kwargs["callbacks"])):
-            say(without)
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError) as error:
             raise SpecError(one_line(str(error))) from error
+        if writes and (without := missed(trainer, self.model)):
+            say(without)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeFiles()
         for callback in trainer.callbacks:

@@ -3,10 +3,13 @@
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 
 from lit_modules.callbacks import CalibrateThresholds, NextSteps, RNGState
-from recipes.callbacks import LinkedCheckpoint, StepBar, ValidateAtEnd, in_order
+from lit_modules.routing_monitor import RoutingMonitor
+from mixers import build_mixer
+from recipes.callbacks import MISSED, LinkedCheckpoint, StepBar, ValidateAtEnd, in_order, missed
 from recipes.flags import BASE
 
 OWN = """
@@ -53,4 +56,21 @@ def test_callbacks_that_replace_the_recipes_say_what_is_missed(run, here, tiny, 
     assert result.code == 0
     said = [line for line in result.out.splitlines() if line.startswith("these callbacks replace the recipe's")]
     assert len(said) == (sign == "=")
-    assert all(name in said[0] for name in ("CalibrateThresholds", "ValidateAtEnd", "RNGState") if said)
+    assert all(f"without {kind.__name__} {what}" in said[0] for kind, what in MISSED.items() if said)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "options", "needless"),
+    [
+        ("ham", {}, set()),
+        ("ham", {"logger": False}, {RoutingMonitor}),
+        ("gdn", {}, {RoutingMonitor, CalibrateThresholds}),
+        ("ham", {"enable_checkpointing": False}, {LinkedCheckpoint}),
+        ("ham", {"callbacks": [ModelCheckpoint(save_on_exception=True)]}, {LinkedCheckpoint}),
+        ("ham", {"callbacks": [ModelCheckpoint(), RNGState()]}, {RNGState}),
+    ],
+)
+def test_what_would_do_nothing_is_not_missed(here, mixer, options, needless):
+    trainer = Trainer(accelerator="cpu", enable_progress_bar=False, **options)
+    line = missed(trainer, build_mixer(mixer, dim=8, num_heads=2))
+    assert {kind for kind in MISSED if kind.__name__ not in line} == needless
