@@ -53,9 +53,17 @@ def kill_and_go_on(folder, line, expected, processes, **blow):
         assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
 
-def test_a_kill_while_a_checkpoint_is_written(here, line_of, whole):
-    blow = {"to": 0, "place": "checkpointing", "step": 4, "after": 3000}
-    kill_and_go_on(here, line_of("text"), whole("text", 1, ""), 1, **blow)
+@pytest.mark.parametrize(
+    ("case", "to", "after"),
+    [
+        (("text", 1, ""), 0, 3000),
+        *[pytest.param(SHARDED[0], to, after, marks=pytest.mark.slow) for to in (0, 1) for after in (1000, 4000, 8000)],
+    ],
+)
+def test_a_kill_while_a_checkpoint_is_written(here, line_of, whole, case, to, after):
+    task, processes, flags = case
+    blow = {"to": to, "place": "checkpointing", "step": 4, "after": after}
+    kill_and_go_on(here, f"{line_of(task)} {flags}", whole(*case), processes, **blow)
 
 
 @pytest.mark.slow
