@@ -27,6 +27,7 @@ COMMANDS = {
         "recipes.bench.cost_model:cost",
         "operations and bytes of every kernel, and their least time on a named GPU",
     ),
+    "launches": ("recipes.bench.launches:count", "how often a layer asks something of a GPU, counted on a CPU"),
     "doctor": ("recipes.bench.doctor:doctor", "is this machine ready; are the kernels right on it"),
     "generate": ("recipes.checkpoint.generate:generate", "text from a checkpoint at any KV usage"),
     "tokenize": ("recipes.tokenizing:tokenize", "token ids of a data set, once, for --data tokens; the loader's speed"),
@@ -48,7 +49,7 @@ COMMANDS = {
     "show": ("recipes.listing:show", "what one of them is, and its options"),
 }
 FUNCTIONS = ("compare", "bench", "cost", "doctor", "generate", "calibrate", "retrofit", "contest", "export", "sweep")
-FUNCTIONS += ("convert", "figures", "tokenize")
+FUNCTIONS += ("convert", "figures", "launches", "tokenize")
 
 
 def usage() -> str:

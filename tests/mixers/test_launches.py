@@ -6,7 +6,7 @@ import torch
 from kernels import dispatch
 from kernels.sequences import Layout
 from mixers import build_mixer
-from tests.mixers.launches import launches
+from recipes.bench.launches import PASSES, PRECISIONS, launches, layer, waits
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def on_a_gpu(monkeypatch):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("name", "most"), [("ham", 28), ("gdn", 17)])
-def test_a_layer_takes_few_launches(name, most, packed, training, monkeypatch, on_a_gpu):
+def test_a_layer_takes_few_launches(name, most, packed, training, on_a_gpu):
     """Tables of the layout are made by the first layer of a model; this is one of the others."""
     mixer = build_mixer(name, dim=16, num_heads=2, head_dim=8).train(training)
     x = torch.randn(1, 70, 16, requires_grad=training)
@@ -27,7 +27,20 @@ def test_a_layer_takes_few_launches(name, most, packed, training, monkeypatch, o
     with torch.set_grad_enabled(training):
         mixer(x, cu_seqlens=layout)
         mixer.layer_index = 1
-        with launches(monkeypatch) as found:
+        with launches() as found:
             mixer(x, cu_seqlens=layout)
     assert found["triton prepare"] == 1  # not token by token
-    assert sum(found.values()) <= most, found
+    assert sum(found.values()) <= most and not found["tolist"], found
+
+
+def test_what_is_counted():
+    """A wait is told apart from a view, and a kernel from an operation of PyTorch's."""
+    x = torch.randn(3, 4)
+    with launches() as found:
+        x.T.reshape(12)[x.flatten() > 0].sum().item()
+        x.tolist()
+    assert found == {"clone": 1, "gt": 1, "index.bool": 1, "sum": 1, "_local_scalar_dense": 1, "tolist": 1}
+    assert waits(found) == 3
+    for precision in PRECISIONS:
+        found, _ = layer("attention", PASSES[-1], precision)
+        assert not waits(found) and sum(n for name, n in found.items() if name.startswith("triton ")) == 4
