@@ -9,6 +9,7 @@ from kernels.decoding import triton_heads, triton_memory, triton_rotary
 from kernels.sequences import Layout
 from mixers.base import Routing
 from mixers.in_place import InPlaceState, write
+from mixers.layers import cast_once
 from mixers.memory import Memory, MemoryRead
 from mixers.routers.base import Router
 from mixers.routers.cosine import Cosine
@@ -25,6 +26,7 @@ PLACES = ("cache_k", "cache_v", "table", "length", "ring_k", "ring_v", "ring_see
 
 def recurrent(mixer: "GatedDeltaNet", x: Tensor, held: "RecurrentState") -> Tensor:
     """A recurrent mixer's hidden (N, 1, D); `held` is written."""
+    x = cast_once(x)
     _, _, read, *_ = _remember(mixer.memory, x[:, 0], held, None, "none")
     return _answer(mixer, x, read, held, held.recurrent.dtype)
 
@@ -35,14 +37,15 @@ def routed(mixer: "HAM", x: Tensor, state: InPlaceState, layout: Layout) -> tupl
     held.kv.check_window(window)
     if not torch.compiler.is_compiling():
         state.check_weights()
+    given, x = x, cast_once(x)
     qkv, scaled, read, p, g, beta = _remember(memory, x[:, 0], held, mixer.log_scale, mixer.router.predict)
-    kind, given = _score_of(mixer.router), None
+    kind, scores = _score_of(mixer.router), None
     gram = state.constants["gram"] if kind == "output" else None
     if kind == "given":
-        given = _scores(mixer, x, held, layout, (qkv, scaled, read, p, g, beta))
+        scores = _scores(mixer, given, held, layout, (qkv, scaled, read, p, g, beta))
     tau = mixer.threshold.tau(training=False).expand(mixer.num_heads)
     heads = dict(q_heads=memory.num_heads, k_heads=memory.widths[1] // memory.head_dim, sinks=mixer.sinks)
-    scores, stored = _store(held, qkv, p, kind, gram, given, mixer.head_bias, tau, **heads)
+    scores, stored = _store(held, qkv, p, kind, gram, scores, mixer.head_bias, tau, **heads)
     gates = mixer.read_gates(x[:, 0]) if mixer.combine == "gates" else None
     hidden = _answer(mixer, x, read, held, g.dtype, gates, scaled)
     routing = Routing(scores[:, None], stored[:, None], tau, g.float()[:, None], state.constants["one"], window)

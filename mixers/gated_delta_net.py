@@ -13,7 +13,7 @@ from kernels.read_out import read_out
 from kernels.sequences import Layout
 from mixers.base import Mixer, MixerOutput
 from mixers.in_place import InPlaceState
-from mixers.layers import parts_of, start_biases_at_zero
+from mixers.layers import cast_once, parts_of, start_biases_at_zero
 from mixers.memory import Memory
 from mixers.registry import SpecError, check_positive, check_range
 from mixers.state import MixerState
@@ -123,6 +123,7 @@ class GatedDeltaNet(Mixer):
         return parts_of(self.memory.qkv, self.memory.widths, self.out, "bias")
 
     def mix(self, x: Tensor, state: RecurrentState | None, layout: Layout) -> MixerOutput:
+        x = cast_once(x)
         recurrent, conv = (None, None) if state is None else (state.recurrent, state.conv)
         m = self.memory(x, recurrent, conv, layout, predict="none")
         hidden = self.out(read_out(m.read, *self.read_norm(), self.gate(x)))

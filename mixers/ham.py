@@ -33,6 +33,7 @@ from mixers.caches.bounded import BoundedCache
 from mixers.caches.paged import KVCache, attend_new
 from mixers.gated_delta_net import GatedDeltaNet, RecurrentState
 from mixers.in_place import InPlaceState, version
+from mixers.layers import cast_once
 from mixers.memory import MemoryRead
 from mixers.registry import ROUTERS, THRESHOLDS, SpecError, parse_spec, unknown
 from mixers.routers.base import RouterInputs, RouterState
@@ -143,11 +144,12 @@ class HAM(GatedDeltaNet):
     def mix(self, x: Tensor, state: HAMState | None, layout: Layout) -> MixerOutput:
         # 1 to 4: q (B, T, R, K), k (B, T, H, K); r (B, T, R, V), v, p (B, T, H, V); g, beta (B, T, H); S (N, H, K, V)
         # R = H, or R / H queries, a group, share the key, the value, the state and what is stored of one of the H heads
+        given, x = x, cast_once(x)
         m = self._remember(x, state, layout)
         q = m.q * self.log_scale.exp().to(m.q.dtype)[:, None]
 
         # 5: e, stored (B, T, H); tau (H,), or of every token's sequence (N or 1, 1 or T, H)
-        inputs = self._router_inputs(x, q, m, state, layout)
+        inputs = self._router_inputs(given, q, m, state, layout)
         ranked, remembered = self._score(inputs)
         scores, window = ranked + self.head_bias.float(), self.window_size()
         if self.training:

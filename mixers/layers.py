@@ -22,6 +22,14 @@ def parts_of(qkv: nn.Linear, widths: list[int], out: nn.Linear, name: str) -> di
     return dict(zip("qkv", getattr(qkv, name).split(widths), strict=True)) | {"o": getattr(out, name)}
 
 
+def cast_once(x: Tensor) -> Tensor:
+    """x as autocast, where it is on, would cast it for each of a layer's projections."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):  # which leaves float64 alone
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
 class ShortConvolution(nn.Module):
     """Causal depthwise convolution over the last `taps` tokens, then SiLU.
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from kernels import dispatch
 from kernels.sequences import Layout
@@ -31,6 +32,15 @@ def test_a_layer_takes_few_launches(name, most, packed, training, on_a_gpu):
             mixer(x, cu_seqlens=layout)
     assert found["triton prepare"] == 1  # not token by token
     assert sum(found.values()) <= most and not found["tolist"], found
+
+
+@pytest.mark.parametrize(("name", "most"), [("ham", 40), ("gdn", 26)])
+def test_autocast_casts_a_layers_input_once(name, most):
+    """And a weight once; the answer is that of float32."""
+    (found, hidden), (_, exact) = (layer(name, "forward", precision) for precision in ("autocast", "float32"))
+    assert found.total() <= most, found
+    assert hidden.dtype == torch.bfloat16
+    assert_close(hidden.float(), exact, rtol=0.05, atol=0.05)
 
 
 def test_what_is_counted():

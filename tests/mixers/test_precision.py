@@ -86,3 +86,13 @@ def test_a_step_of_the_threshold_does_not_mind_the_default_dtype(case):
         finally:
             torch.set_default_dtype(before)
         assert mixer.threshold.steps == 1 and mixer.threshold.table.dtype == torch.float32
+
+
+def test_under_autocast_a_router_sees_the_input_as_it_was_given():
+    """The projections share one cast of it."""
+    mixer, seen = build_mixer("ham", dim=16, num_heads=2, router="demand"), []
+    mixer.router.register_forward_pre_hook(lambda router, given: seen.append(given[0].x))
+    x = torch.randn(1, 9, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixer(x)
+    assert torch.equal(seen[-1], x) and seen[-1].dtype == torch.float32
