@@ -1,6 +1,7 @@
 """Triton kernels of the gated delta rule, backward. The equations and the letters are those of `torch_chunks.py`.
 
-They come after `prepare` and `scan`, which make X, U and the chunks' first states once more, and mirror them:
+They come after `prepare` and `scan`, which make X and the chunks' first states once more and, in place of the writes U,
+V - P, which is U / beta and what d_beta needs. They mirror them:
 `prepare_back` (per chunk: what needs no gradient of a state), `scan_back` (per sequence, from the end: gradients of
 the states, W), `gradients_v` (per chunk: of v and beta) and `gradients_k` (per chunk: of q, k and g). The last two are
 apart since their sums together do not fit in registers.
@@ -101,7 +102,7 @@ def scan_back(
 
 @triton.jit
 def gradients_v(
-    q, k, v, g, beta, u, w, starts, do, dp, chunks, dv, d_beta, ha, hq, scale, H,
+    g, beta, error, w, do, dp, chunks, dv, d_beta, ha, hq, scale, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, DELTA: tl.constexpr, HAS_DP: tl.constexpr,
 ):  # fmt: skip
@@ -111,31 +112,21 @@ def gradients_v(
     if start < stop:
         i = tl.arange(0, C)
         t, live = start + i, start + i < stop
-        dtype = k.dtype.element_ty
+        dtype = error.dtype.element_ty
         strength = scalars_of(beta, t, live, h, H).to(ACC)
-        HA, HQ = tl.zeros((C, C), ACC), tl.zeros((C, C), ACC)
+        HA, HQ = tl.zeros((C, C), ACC), tl.zeros((C, C), ACC)  # of V - P: beta comes at the end
         d_strength = tl.zeros((C,), ACC)
-        if DELTA:
-            d = tl.arange(0, BK)
-            keys = rows_of(k, t, live, h, H, K, d)
-            D, f, _, _ = decays(sums(g, t, live, h, H), C, ACC)
-            A = strict(tl.dot(keys, tl.trans(keys), input_precision=PRECISION).to(ACC) * D, C).to(dtype)
         for first in range(0, V, BV):
             j = first + tl.arange(0, BV)
-            U, W = rows_of(u, t, live, h, H, V, j), rows_of(w, t, live, h, H, V, j)
-            values = rows_of(v, t, live, h, H, V, j).to(ACC)
+            R, W = rows_of(error, t, live, h, H, V, j), rows_of(w, t, live, h, H, V, j)
             put_rows(dv, W * strength[:, None], t, live, h, H, V, j)
-            if DELTA:  # the prediction once more
-                at = (c.to(tl.int64) * H + h) * K * V + d[:, None] * V + j[None, :]
-                S = tl.load(starts + at, mask=(d < K)[:, None] & (j < V)[None, :], other=0.0)
-                values -= tl.dot(keys, S, input_precision=PRECISION) * f[:, None]
-                values -= tl.dot(A, U, input_precision=PRECISION)
-            d_strength += tl.sum(W * values, 1)
-            HQ += tl.dot(rows_of(do, t, live, h, H, V, j), tl.trans(U), input_precision=PRECISION)
+            d_strength += tl.sum(W.to(ACC) * R, 1)
+            HQ += tl.dot(rows_of(do, t, live, h, H, V, j), tl.trans(R), input_precision=PRECISION)
             if DELTA or HAS_DP:
                 Z = readers(dp, W, strength, t, live, h, H, V, j, C, BV, ACC, DELTA, HAS_DP)
-                HA += tl.dot(Z.to(dtype), tl.trans(U), input_precision=PRECISION)
+                HA += tl.dot(Z.to(dtype), tl.trans(R), input_precision=PRECISION)
         D, _, _, _ = decays(sums(g, t, live, h, H), C, ACC)
+        D *= strength[None, :]
         at = (c.to(tl.int64) * H + h) * C * C + i[:, None] * C + i[None, :]
         tl.store(ha + at, strict(HA * D, C).to(dtype))
         tl.store(hq + at, (HQ * D * scale).to(dtype))
@@ -145,7 +136,7 @@ def gradients_v(
 
 @triton.jit
 def gradients_k(
-    q, k, g, beta, u, w, starts, do, dp, d_next, chunks, ha, hq, dq, dk, dg, scale, T, H,
+    q, k, g, beta, error, w, starts, do, dp, d_next, chunks, ha, hq, dq, dk, dg, scale, T, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, DELTA: tl.constexpr, HAS_DP: tl.constexpr,
 ):  # fmt: skip
@@ -167,7 +158,7 @@ def gradients_k(
             dSt = tl.load(d_next + at, mask=inside, other=0.0)
             through_state += tl.sum(St.to(ACC) * dSt, 0)
             dQS += tl.dot(rows_of(do, t, live, h, H, V, j), St, input_precision=PRECISION)
-            dKE += tl.dot(rows_of(u, t, live, h, H, V, j), dSt, input_precision=PRECISION)
+            dKE += tl.dot(rows_of(error, t, live, h, H, V, j), dSt, input_precision=PRECISION)
             if DELTA or HAS_DP:
                 W = rows_of(w, t, live, h, H, V, j)
                 Z = readers(dp, W, strength, t, live, h, H, V, j, C, BV, ACC, DELTA, HAS_DP)
@@ -181,7 +172,7 @@ def gradients_k(
         d_queries = dQS * (f * scale)[:, None] + tl.dot(HQ, keys, input_precision=PRECISION)
         put_rows(dq, d_queries, t, live, h, H, K, d)
         reads = dKS * f[:, None] + tl.dot(HA, keys, input_precision=PRECISION)
-        writes = dKE * tl.exp((last - b).to(ACC))[:, None]
+        writes = dKE * (strength * tl.exp((last - b).to(ACC)))[:, None]
         at_end = tl.sum(keys * writes) + tl.exp(last.to(ACC)) * tl.sum(through_state, 0)
         writes += tl.dot(tl.trans(HA), keys, input_precision=PRECISION)
         writes += tl.dot(tl.trans(HQ), queries, input_precision=PRECISION)

@@ -97,17 +97,23 @@ def _forward(
 
 
 def _states(k, v, g, beta, initial, chunks, offsets, x, u, final, C: int, delta: bool) -> tuple[Tensor, Tensor]:
-    """The writes U (T, H, V), in `u` if there is one, and the chunks' first states; X -> x and -> final if given."""
+    """The writes U (T, H, V), in `u` if there is one, and the chunks' first states; final state -> final if given.
+
+    With x, for the backward pass, X -> x, and V - P in place of U.
+    """
     (_, H, K), V, options = k.shape, v.shape[-1], constants(v, k.shape[-1], C) | dict(DELTA=delta)
-    u = torch.empty_like(v) if u is None else u
+    back = x is not None
+    if u is None:
+        u = v if back and not delta else torch.empty_like(v)
     w, starts = torch.empty_like(k) if delta else k, v.new_empty(len(chunks), H, K, V)
     e, N, run = torch.empty_like(g), len(offsets) - 1, forward_kernels
     narrow = dict(BV=scan_block(options["BV"], V, N * H))
     with on(v):
         run.prepare[len(chunks), H](k, v, g, beta, chunks, e, x, w, u, H, **options, **fit("prepare", v, K))
         run.scan[N * -(-V // narrow["BV"]), H](
-            k, g, e, w, u, chunks, offsets, initial, starts, final, H, **options | narrow, **fit("scan", v, K)
-        )
+            k, g, e, beta if back else None, w, u, chunks, offsets, initial, starts, final, H,
+            **options | narrow, **fit("scan", v, K),
+        )  # fmt: skip
     return u, starts
 
 
@@ -143,7 +149,7 @@ def _backward(
     part = min(64, options["BK"])  # of K, that a program of gradients_k takes
     parts = -(-K // part)
     dg_parts = g.new_empty(parts, *g.shape)
-    u, starts = _states(k, v, g, beta, initial, chunks, offsets, x, None, None, C, delta)
+    error, starts = _states(k, v, g, beta, initial, chunks, offsets, x, None, None, C, delta)  # V - P
     xe, w, d_next = torch.empty_like(q), torch.empty_like(v), torch.empty_like(starts)
     with on(v):
         run.prepare_back[len(chunks), H](
@@ -154,11 +160,11 @@ def _backward(
             **options | narrow, **fit("scan_back", v, K),
         )  # fmt: skip
         run.gradients_v[len(chunks), H](
-            q, k, v, g, beta, u, w, starts, do, dp, chunks, dv, d_beta, ha, hq, scale, H,
+            g, beta, error, w, do, dp, chunks, dv, d_beta, ha, hq, scale, H,
             **options | fit("gradients_v", v, K),
         )  # fmt: skip
         run.gradients_k[len(chunks) * parts, H](
-            q, k, g, beta, u, w, starts, do, dp, d_next, chunks, ha, hq, dq, dk, dg_parts, scale, T, H,
+            q, k, g, beta, error, w, starts, do, dp, d_next, chunks, ha, hq, dq, dk, dg_parts, scale, T, H,
             **options | dict(BK=part), **fit("gradients_k", v, K),
         )  # fmt: skip
     return dq, dk, dv, dg_parts.sum(0), d_beta, d_initial

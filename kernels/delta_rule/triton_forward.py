@@ -107,8 +107,10 @@ def prepare(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, DELTA: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks, H): X beta f K -> w (T, H, K), X beta V -> u (T, H, V), e -> e (T, H), and X -> x (chunks, H, C, C)
-    if wanted.
+    """Grid (chunks, H): X beta f K -> w (T, H, K), X beta V -> u (T, H, V), e -> e (T, H).
+
+    With x, for the backward pass, X -> x (chunks, H, C, C), and Y in place of X beta: Y f K -> w, Y V -> u, where
+    Y = I - A X beta, since V - P = Y (V - f K S). Without the delta rule V - P is V, which is not copied.
     """
     c, h = tl.program_id(0), tl.program_id(1)
     start, stop = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
@@ -120,28 +122,34 @@ def prepare(
         strength = scalars_of(beta, t, live, h, H).to(ACC)
         keys = rows_of(k, t, live, h, H, K, d)
         if DELTA:
-            A = tl.dot(keys, tl.trans(keys), input_precision=PRECISION).to(ACC) * D
-            X = inverse(tl.where(i[:, None] > i[None, :], A * strength[:, None], 0.0), C, PRECISION)
+            A = strict(tl.dot(keys, tl.trans(keys), input_precision=PRECISION).to(ACC) * D, C)
+            X = inverse(A * strength[:, None], C, PRECISION)
+            M = (X * strength[None, :]).to(k.dtype.element_ty)
             if x is not None:
                 at = x + (c.to(tl.int64) * H + h) * C * C + i[:, None] * C + i[None, :]
                 tl.store(at, X.to(x.dtype.element_ty))
-            Xb = (X * strength[None, :]).to(k.dtype.element_ty)
+                AXb = tl.dot(A.to(k.dtype.element_ty), M, input_precision=PRECISION)
+                M = (tl.where(i[:, None] == i[None, :], 1.0, 0.0) - AXb).to(k.dtype.element_ty)
             fk = (keys * f[:, None]).to(k.dtype.element_ty)
-            put_rows(w, tl.dot(Xb, fk, input_precision=PRECISION), t, live, h, H, K, d)
-        for first in tl.static_range(0, V, BV):
-            j = first + tl.arange(0, BV)
-            values = rows_of(v, t, live, h, H, V, j)
-            U = tl.dot(Xb, values, input_precision=PRECISION) if DELTA else values * strength[:, None]
-            put_rows(u, U, t, live, h, H, V, j)
+            put_rows(w, tl.dot(M, fk, input_precision=PRECISION), t, live, h, H, K, d)
+        if DELTA or x is None:
+            for first in tl.static_range(0, V, BV):
+                j = first + tl.arange(0, BV)
+                values = rows_of(v, t, live, h, H, V, j)
+                U = tl.dot(M, values, input_precision=PRECISION) if DELTA else values * strength[:, None]
+                put_rows(u, U, t, live, h, H, V, j)
 
 
 @triton.jit
 def scan(
-    k, g, e, w, u, chunks, offsets, initial, starts, final, H,
+    k, g, e, beta, w, u, chunks, offsets, initial, starts, final, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, DELTA: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N * V / BV, H): states at the start of every chunk -> starts (chunks, H, K, V); u becomes U; -> final."""
+    """Grid (N * V / BV, H): states at the start of every chunk -> starts (chunks, H, K, V); u becomes U; -> final.
+
+    With beta, for the backward pass, u becomes V - P, and U is beta (V - P), or beta V without the delta rule.
+    """
     n, block, h = tl.program_id(0) // tl.cdiv(V, BV), tl.program_id(0) % tl.cdiv(V, BV), tl.program_id(1)
     i, d = tl.arange(0, C), tl.arange(0, BK)
     j = block * BV + tl.arange(0, BV)
@@ -162,7 +170,10 @@ def scan(
             put_rows(u, U, t, live, h, H, V, j)
         at = start.to(tl.int64) * H + h
         f_C = tl.load(e + at) * tl.exp(tl.load(g + at).to(ACC))  # of the first token: to the end, and from the start
-        eU = (U * scalars_of(e, t, live, h, H)[:, None]).to(k.dtype.element_ty)
+        weight = scalars_of(e, t, live, h, H)
+        if beta is not None:
+            weight *= scalars_of(beta, t, live, h, H).to(ACC)
+        eU = (U * weight[:, None]).to(k.dtype.element_ty)
         keys = rows_of(k, t, live, h, H, K, d)
         S = S * f_C + tl.dot(tl.trans(keys), eU, input_precision=PRECISION)
     if final is not None:

@@ -14,15 +14,18 @@ OF_RECIPES += ("match", "match_to")
 CHUNK = 64  # tokens of a chunk of the delta rule
 STATE_BYTES = 4  # of a number of the recurrent state, of g, of beta and of a score: float32
 
-STATES = {"prepare": dict(K=2, V=2, scalars=3), "scan": dict(K=2, V=2, S=1, scalars=1)}
 LAUNCHES = {
-    "forward": STATES | {"read": dict(K=2, V=2, S=1, scalars=1)},
-    "backward": STATES
-    | {
+    "forward": {
+        "prepare": dict(K=2, V=2, scalars=3),
+        "scan": dict(K=2, V=2, S=1, scalars=1),
+        "read": dict(K=2, V=2, S=1, scalars=1),
+    },
+    "backward": {
         "prepare": dict(K=2, V=2, C=1, scalars=3),
+        "scan": dict(K=2, V=2, S=1, scalars=2),
         "prepare_back": dict(K=3, V=2, C=1, scalars=1),
         "scan_back": dict(K=3, V=3, S=1, scalars=2),
-        "gradients_v": dict(K=1, V=5, S=1, C=2, scalars=3),
+        "gradients_v": dict(V=4, C=2, scalars=3),
         "gradients_k": dict(K=4, V=3, S=2, C=2, scalars=3),
     },
 }
@@ -122,8 +125,6 @@ def delta_rule(
     moved += (2 if train else 1) * K * V * STATE_BYTES / max(T, 1)
     if predict == "values":
         moved += V * STATE_BYTES
-        if train:  # reads them in place of what they are made of
-            moved += V * STATE_BYTES - (K + K * V / C) * size
     elif predict == "statistics":  # reads v
         moved += V * size + 2 * STATE_BYTES
     return Cost(flops * (4 if train else 1), moved) * (B * T * H)
