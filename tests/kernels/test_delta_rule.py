@@ -174,12 +174,17 @@ def test_a_reset_forgets_and_what_follows_is_exact():
     assert torch.equal(run(changed, backend="naive")["o"][:, 3:], other["o"][:, 3:])
 
 
-@pytest.mark.parametrize("K, V, C", [(32, 80, 32), (128, 128, 64), (256, 256, 16)])
-def test_triton_at_the_sizes_that_models_have(K, V, C, no_stale_memory, monkeypatch):
+@pytest.mark.parametrize(
+    "K, V, C, bounds",
+    [(32, 80, 32, None), (128, 128, 64, None), (256, 256, 16, None),
+     (128, 128, 64, [0, 3, 3, 70]), (256, 256, 16, [0, 17, 24])],
+)  # fmt: skip
+def test_triton_at_the_sizes_that_models_have(K, V, C, bounds, no_stale_memory, monkeypatch):
     """More than one block of K and of V, in chunks of the sizes that run on a GPU."""
     monkeypatch.setattr(triton_chunks, "chunk_size", lambda *size: C)
-    inputs = make(T=75, H=1, K=K, V=V)
-    compare(run(inputs, backend="triton"), run(inputs, backend="naive"), 1e-9)
+    inputs = make(T=bounds[-1] if bounds else 75, H=1, K=K, V=V, N=len(bounds) - 1 if bounds else 1)
+    options = {"cu_seqlens": bounds and torch.tensor(bounds)}
+    compare(run(inputs, backend="triton", **options), run(inputs, backend="naive", **options), 1e-9)
 
 
 @pytest.mark.parametrize(("few", "block"), [(0, 64), (3, 32)])

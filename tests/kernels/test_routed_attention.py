@@ -165,11 +165,15 @@ class TestTriton:
         assert last - first == 16 * blocks and first % 16 == 0
         assert not blocks or (first >= inner and last <= after)
 
-    @pytest.mark.parametrize("K, V", [(16, 32), (128, 128), (256, 256)])
-    def test_at_the_sizes_that_models_have(self, K, V):
+    @pytest.mark.parametrize(
+        "K, V, bounds",
+        [(16, 32, None), (128, 128, None), (256, 256, None), (128, 128, [0, 70, 70, 150]), (256, 256, [0, 9, 80])],
+    )
+    def test_at_the_sizes_that_models_have(self, K, V, bounds):
         """In blocks of the size that runs on a GPU."""
-        inputs = make(T=150, H=1, K=K, V=V, bias=True)
-        check_against_the_definition(inputs, backend="triton", tolerance=1e-11)
+        inputs = make(T=bounds[-1] if bounds else 150, H=1, K=K, V=V, bias=True)
+        options = {"cu_seqlens": bounds and torch.tensor(bounds)}
+        check_against_the_definition(inputs, backend="triton", tolerance=1e-11, **options)
 
     def test_single_precision(self, in_triton):
         inputs = make(T=64, H=4, usages=(0.9, 0.0, 0.05, 0.5), bias=True)
