@@ -28,6 +28,8 @@ class Compiled:
         shared: bytes of shared memory.
         matrix: the matrix instructions in it: `wgmma`, `mma`, `tcgen05` or nothing.
         hazards: instructions that touch registers which a `wgmma` still holds, see `kernels.sass`.
+        loop: instructions of its longest loop.
+        barriers: in that loop.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Compiled:
     shared: int
     matrix: str
     hazards: int
+    loop: int
+    barriers: int
 
 
 class _Driver:
@@ -95,9 +99,11 @@ _INSPECTED: dict[str, Compiled] = {}
 
 
 def inspect(kernel, capability: int, log: str) -> Compiled:
-    """Reads registers and spills from what ptxas said, matrix instructions from the PTX."""
+    """Reads registers and spills from what ptxas said, matrix instructions from the PTX, loops from machine code."""
     stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log).groups()
-    instructions = [name for name in ("wgmma", "tcgen05.mma", "mma.sync") if name in kernel.asm["ptx"]]
+    products = [name for name in ("wgmma", "tcgen05.mma", "mma.sync") if name in kernel.asm["ptx"]]
+    code = sass.instructions(sass.disassemble(kernel.asm["cubin"]))
+    loop, barriers = sass.longest_loop(code)
     return Compiled(
         name=kernel.metadata.name,
         capability=capability,
@@ -106,8 +112,8 @@ def inspect(kernel, capability: int, log: str) -> Compiled:
         registers=int(re.search(r"Used (\d+) registers", log)[1]),
         spilled=int(stores) + int(loads),
         shared=kernel.metadata.shared,
-        matrix=instructions[0].split(".")[0] if instructions else "",
-        hazards=len(list(sass.hazards(sass.instructions(sass.disassemble(kernel.asm["cubin"])))))
-        if "wgmma" in instructions
-        else 0,
+        matrix=products[0].split(".")[0] if products else "",
+        hazards=len([*sass.hazards(code)]) if "wgmma" in products else 0,
+        loop=loop,
+        barriers=barriers,
     )

@@ -1,4 +1,4 @@
-"""Whether Hopper's machine code touches registers that an asynchronous matrix product still holds.
+"""What machine code says: whether Hopper's touches registers that an asynchronous matrix product holds, and its loops.
 
 `wgmma` (SASS: HGMMA) reads its left operand from registers, and adds to an accumulator in registers, after it was
 issued: until a `WARPGROUP.DEPBAR` waits for its group, nothing else may write the operand, nor read or write the
@@ -37,6 +37,13 @@ class Product(NamedTuple):
     address: int
     operand: range
     accumulator: range
+
+
+class Loop(NamedTuple):
+    """How much is in a loop."""
+
+    instructions: int
+    barriers: int  # where all warps of a program wait for each other
 
 
 class Hazard(NamedTuple):
@@ -87,7 +94,7 @@ def instructions(sass: str) -> list[Instruction]:
 
 def hazards(code: list[Instruction]) -> Iterator[Hazard]:
     """Follows every path, with the products in flight on it: groups that were committed, oldest first; an open one."""
-    places = {one.label: place for place, one in enumerate(code) if one.label}
+    places = _places(code)
     todo, seen, told = [(0, ((),))], set(), set()
     while todo:
         place, groups = todo.pop()
@@ -105,9 +112,25 @@ def hazards(code: list[Instruction]) -> Iterator[Hazard]:
             groups = groups[max(0, len(groups) - 1 - int(one.operands[-1], 16)) :]
         jumps = one.opcode.startswith("BRA")
         if jumps:
-            todo.append((places[re.search(r"\((\.\w+)\)", one.operands[-1])[1]], groups))
+            todo.append((places[_target(one)], groups))
         if one.guarded or len(one.operands) > 1 or not (jumps or one.opcode == "EXIT"):
             todo.append((place + 1, groups))
+
+
+def longest_loop(code: list[Instruction]) -> Loop:
+    """Of all loops, from a jump backwards to where it leads, the one of the most instructions; inner loops count."""
+    places = _places(code)
+    jumps = [(places[_target(one)], place) for place, one in enumerate(code) if one.opcode.startswith("BRA")]
+    body = max((code[first : last + 1] for first, last in jumps if first < last), key=len, default=[])
+    return Loop(len(body), sum(one.opcode.startswith("BAR") for one in body))
+
+
+def _places(code: list[Instruction]) -> dict[str, int]:
+    return {one.label: place for place, one in enumerate(code) if one.label}
+
+
+def _target(jump: Instruction) -> str:
+    return re.search(r"\((\.\w+)\)", jump.operands[-1])[1]
 
 
 def _touches(one: Instruction, product: Product) -> tuple[int, str] | None:

@@ -1,4 +1,4 @@
-"""Reading machine code for registers that a matrix product of Hopper still holds."""
+"""Reading machine code: registers that a matrix product of Hopper still holds, and what is in a loop."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from kernels.sass import hazards, instructions
+from kernels.sass import hazards, instructions, longest_loop
 
 FROM_REGISTERS = "HGMMA.64x16x16.F32.BF16 R24, R96, gdesc[UR4], R24, gsb0"
 FROM_SHARED = "HGMMA.64x16x16.F32.BF16 R24, gdesc[UR8], R24, gsb0"
@@ -48,6 +48,15 @@ def test_registers_in_flight(lines, found):
     assert [(one.what, one.register) for one in hazards(instructions(code(*lines)))] == found
 
 
+def test_the_longest_loop():
+    """With those in it; where a kernel's code ends, nvdisasm shows a jump to itself."""
+    barrier = "BAR.SYNC.DEFER_BLOCKING 0x0"
+    inner = [".L_x_1:", barrier, "@P1 BRA `(.L_x_1)"]
+    lines = [".L_x_2:", barrier, "@P0 BRA `(.L_x_3)", ".L_x_0:", "MOV R1, R2", *inner, barrier, "MOV R2, R1", LOOP]
+    assert longest_loop(instructions(code(*lines, ".L_x_3:", "EXIT", ".L_x_4:", "BRA `(.L_x_4)"))) == (6, 2)
+    assert longest_loop(instructions(code("EXIT", ".L_x_4:", "BRA `(.L_x_4)"))) == (0, 0)
+
+
 COMPILE = """
 import json, torch
 from unittest.mock import patch
@@ -56,7 +65,7 @@ from kernels.output_norm import triton_gram
 for hopper in (True, False):
     with compile_only(90) as kernels, patch.object(triton_gram, "warpgroups", lambda device: hopper):
         triton_gram.output_norm(torch.zeros(1, 64, 2, 64, dtype=torch.bfloat16), torch.zeros(128, 2, 64))
-    print(json.dumps([(kernel.stages, kernel.matrix, kernel.hazards) for kernel in kernels]))
+    print(json.dumps([(kernel.stages, kernel.matrix, kernel.hazards, kernel.loop) for kernel in kernels]))
 """
 
 
@@ -66,5 +75,6 @@ def test_what_triton_makes_of_a_pipelined_loop():
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     ours, piped = ([*map(tuple, json.loads(line))] for line in done.stdout.splitlines())
-    assert ours == [(1, "wgmma", 0)]
-    assert [(stages, matrix) for stages, matrix, _ in piped] == [(2, "wgmma")] and piped[0][2] > 0
+    assert [found[:3] for found in ours] == [(1, "wgmma", 0)]
+    assert [found[:2] for found in piped] == [(2, "wgmma")] and piped[0][2] > 0
+    assert 100 < ours[0][3] < 5000  # instructions of its loop
