@@ -5,12 +5,16 @@ from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from mixers.backbone import Decoder
+from mixers.backbone import Decoder, DecoderOutput
+from mixers.in_place import InPlaceState
 from mixers.registry import SpecError, check_positive
 from mixers.state import kv_cache_bytes, state_bytes
 
 PREFILL = 2048
+RESERVED = 512
+"""Tokens of every prompt that a state of fixed capacity is given places for at a time."""
 
 
 class Continuation:
@@ -25,6 +29,9 @@ class Continuation:
         prefill: tokens of the prompts that are read at once, which bounds the memory that reading them takes.
         max_kv_bytes: what keys and values may take in all; None sets no limit.
         progress: called with the tokens read so far and those to read.
+        in_place: whether what is written is read in states of fixed capacity, see `Decoder.reserve`; default: on a GPU.
+            Not with `max_kv_bytes`, as they hold places for tokens to come, nor where weights are sharded or a mixer
+            has no such states.
 
     Raises:
         SpecError: an empty prompt, an option out of its range, a mixer without states, or, at any time, more keys and
@@ -42,6 +49,7 @@ class Continuation:
         prefill: int = PREFILL,
         max_kv_bytes: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        in_place: bool | None = None,
     ) -> None:
         if temperature < 0:
             raise SpecError(f"temperature must be at least 0, got {temperature}")
@@ -52,7 +60,11 @@ class Continuation:
             raise SpecError("a prompt must have at least one token")
         self.decoder, self.temperature, self.top_p = decoder, temperature, top_p
         self.max_kv_bytes, self.tokens_read = max_kv_bytes, 0
-        device = decoder.embedding.weight.device
+        weight = decoder.embedding.weight
+        device = weight.device
+        self._in_place = (device.type == "cuda" if in_place is None else in_place) and max_kv_bytes is None
+        self._in_place &= hasattr(decoder, "reserve") and not isinstance(weight, DTensor)
+        self._room = 0  # tokens that surely fit into a state of fixed capacity
         self.generator = torch.Generator(device).manual_seed(seed)
         try:
             self.state = decoder.init_state(len(prompts), device=device)
@@ -66,7 +78,7 @@ class Continuation:
     @torch.no_grad()
     def __next__(self) -> Tensor:
         if self._last.ndim == 1:  # the token that was drawn last is yet to be read
-            out = self.decoder(self._last[:, None], state=self.state)
+            out = self._step(self._last[:, None])
             self._keep(out.state, len(self._last))
             self._last = out.hidden[:, -1]
         self._last = self._draw(self.decoder.logits(self._last).float())
@@ -100,6 +112,26 @@ class Continuation:
             if progress is not None:
                 progress(int(lengths.clamp(max=start + part.shape[1]).sum()), int(lengths.sum()))
         return last
+
+    def _step(self, token: Tensor) -> DecoderOutput:
+        """What the decoder makes of one more token (B, 1) of every prompt."""
+        if self._in_place and self._room < 1:
+            if isinstance(self.state[0], InPlaceState):
+                self._room = min(state.check() for state in self.state)  # there is more where less was stored
+            if self._room < 1:
+                return self._step_with_room(token)
+        self._room -= 1
+        return self.decoder(token, state=self.state)
+
+    def _step_with_room(self, token: Tensor) -> DecoderOutput:
+        """The same in new states with places for `RESERVED` tokens, if there are such of this decoder's mixers."""
+        try:
+            out = self.decoder(token, state=self.decoder.reserve(self.state, RESERVED))
+        except ValueError:  # a cache with max_tokens, or a mixer of the user's whose state grows
+            self._in_place = False
+            return self.decoder(token, state=self.state)
+        self._room = RESERVED - 1
+        return out
 
     def _keep(self, state, count: int) -> None:
         self.state, self.tokens_read = state, self.tokens_read + count

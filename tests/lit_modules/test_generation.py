@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from lit_modules import generation
 from lit_modules.generation import Continuation, generate
 from mixers import Decoder, SpecError, calibrate, set_kv_usage
+from mixers.in_place import InPlaceState
 from mixers.threshold import thresholds_of
 
 VOCAB = 33
@@ -108,6 +110,30 @@ def test_any_batch_of_padded_prompts_in_any_parts_gives_the_logits_of_each_alone
     for row, prompt in enumerate(prompts):
         alone = decoder.logits(decoder(prompt[None]).hidden)[0]
         assert_close(together[row, real[row]], alone, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_in_states_of_fixed_capacity_the_same_is_written(decoders, mixer, monkeypatch):
+    """Which are made anew when there is no room: here at the end of a page."""
+    monkeypatch.setattr(generation, "RESERVED", 2)
+    decoder, prompts = decoders[mixer], prompts_of([60, 33])
+    if any(threshold.follows_usage for threshold in thresholds_of(decoder)):
+        set_kv_usage(decoder, 0.5)
+    plain, ours = (Continuation(decoder, prompts, temperature=0, in_place=wanted) for wanted in (False, True))
+    for _ in range(9):
+        assert torch.equal(next(plain), next(ours))
+        assert not any(isinstance(state, InPlaceState) for state in plain.state)
+    assert all(isinstance(state, InPlaceState) for state in ours.state)
+
+
+def test_where_there_is_no_fixed_capacity_states_grow(decoders):
+    prompts = prompts_of([9])
+    bounded = Decoder(VOCAB, dim=16, depth=2, mixer=["gdn", MIXERS["ham"] | {"max_tokens": 4}]).double().eval()
+    limited = dict(in_place=True, max_kv_bytes=10**6)
+    for decoder, options in ((bounded, {"in_place": True}), (decoders["attention"], limited), (decoders["gdn"], {})):
+        tokens = Continuation(decoder, prompts, temperature=0, **options)
+        assert len([*islice(tokens, 3)]) == 3
+        assert not any(isinstance(state, InPlaceState) for state in tokens.state)
 
 
 def test_prompts_of_one_length_come_back_as_one_tensor(decoders):
