@@ -65,28 +65,37 @@ class Watchdog(Callback):
         others = [(rank + i) % processes for i in range(1, min(processes, WATCHED + 1))]
         names, counts = [str(other) for other in others], [b""] * len(others)
         silent, heard, count = [0.0] * len(others), time.monotonic(), 0
-        try:
-            while not self.over.wait(EVERY):
-                count += 1
+        while not self.over.wait(EVERY):
+            count += 1
+            unanswered = threading.Timer(LIMIT, self._end, (rank, _keeper()))  # torch may wait without an end
+            unanswered.daemon = True
+            unanswered.start()
+            try:
                 store.set(str(rank), str(count))
                 before, counts = counts, store.multi_get(names)
-                last, heard = heard, time.monotonic()
-                passed = min(heard - last, 2 * EVERY)  # more: it was this process that was stopped
-                pairs = zip(silent, counts, before, strict=True)
-                silent = [quiet + passed if now == then else 0.0 for quiet, now, then in pairs]
-                if max(silent) >= LIMIT:
-                    return self._end(rank, f"process {others[silent.index(max(silent))]}")
-        except RuntimeError:  # no answer within LIMIT, or a closed connection
-            if not self.over.wait(max(0.0, LIMIT - (time.monotonic() - heard))):
-                keeper = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-                self._end(rank, "the launcher" if keeper else "process 0")
+            except RuntimeError:  # the store is gone: this process ends soon by itself, or by the timer
+                return
+            unanswered.cancel()
+            last, heard = heard, time.monotonic()
+            passed = min(heard - last, 2 * EVERY)  # more: it was this process that was stopped
+            pairs = zip(silent, counts, before, strict=True)
+            silent = [quiet + passed if now == then else 0.0 for quiet, now, then in pairs]
+            if max(silent) >= LIMIT:
+                return self._end(rank, f"process {others[silent.index(max(silent))]}")
 
     def _end(self, rank: int, silent: str) -> None:
+        if self.over.is_set():
+            return
         end_bars()
         why = f"process {rank} has heard nothing of {silent} for {LIMIT:g} s: it is stopped, or cannot be reached"
         print(f"error: {one_line(f'{why}; {self.go_on()}')}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(2)  # the main thread is in the middle of something that does not end
+
+
+def _keeper() -> str:
+    """Whose the store is."""
+    return "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "process 0"
 
 
 def _store() -> Any:
@@ -99,5 +108,5 @@ def _store() -> Any:
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=REACH), wait_for_workers=False)
-    store.set_timeout(timedelta(seconds=LIMIT))
+    store.set_timeout(timedelta(seconds=2 * LIMIT))  # it is this side that looks at the time
     return PrefixStore("watchdog", store)
