@@ -7,8 +7,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
-from torch import Tensor, nn
+from torch import Tensor
+
+from lit_modules.flops import available_flops, flops_per_token
 
 
 class RunStats(pl.Callback):
@@ -17,9 +18,9 @@ class RunStats(pl.Callback):
     ``trainer/learning_rate``, ``trainer/tokens`` (seen by all processes since the run first began),
     ``trainer/tokens_per_second`` (since the last log, without validations), ``trainer/data_wait`` (share of that time
     between a batch and the next: waiting for data, or saving a checkpoint), ``trainer/teraflops`` (a second and
-    process, at 6 operations for a weight of a matrix and a token: attention and the recurrence are not counted),
-    ``trainer/mfu`` (those over what Lightning says the GPU can do; left out where it does not know) and
-    ``trainer/peak_memory_gb`` (of a GPU's tensors, else of the process).
+    process, by :func:`lit_modules.flops.flops_per_token` at the length of the sequence that a token is in, on average),
+    ``trainer/mfu`` (those over what the GPU can do; left out where that is not known) and ``trainer/peak_memory_gb``
+    (of a GPU's tensors, else of the process).
 
     Lightning's own monitors log a learning rate for each parameter group, count anew after a resume, and sort before
     the loss on TensorBoard's first screen.
@@ -30,7 +31,7 @@ class RunStats(pl.Callback):
         self.logged = 0  # tokens, at the last log
         self.since = self.validating = self.rate = 0.0
         self.waited = self.ended = 0.0
-        self.weights = 0
+        self.squares: int | Tensor = 0  # of the lengths of this process's sequences, since the last log
 
     def state_dict(self) -> dict[str, int]:
         return {"tokens": int(self.tokens)}
@@ -40,7 +41,7 @@ class RunStats(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.since = self.ended = time.perf_counter()
-        self.waited, self.weights = 0.0, matrix_weights(pl_module)
+        self.waited, self.squares = 0.0, 0
 
     def on_train_batch_start(self, *_: Any) -> None:
         self.waited += time.perf_counter() - self.ended
@@ -59,14 +60,17 @@ class RunStats(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.ended = time.perf_counter()
-        self.tokens = self.tokens + tokens_in(batch) * trainer.world_size
+        lengths = lengths_in(getattr(pl_module, "last_batch", None) or batch)  # as it was cut for a length warm-up
+        self.tokens = self.tokens + lengths.sum() * trainer.world_size
+        self.squares = self.squares + lengths.square().sum()
         last = 0 < trainer.max_steps <= trainer.global_step
         if trainer.global_step % trainer.log_every_n_steps and not last:
             return
         tokens, now = int(self.tokens), time.perf_counter()
         took = max(now - self.since, 1e-9)
         rate = (tokens - self.logged) / took
-        flops = 6 * self.weights * rate / trainer.world_size
+        length = int(self.squares) * trainer.world_size / max(1, tokens - self.logged)
+        flops = flops_per_token(pl_module, max(1.0, length)) * rate / trainer.world_size
         values = {
             "learning_rate": self.rate,
             "tokens": float(tokens),
@@ -77,30 +81,17 @@ class RunStats(pl.Callback):
         }
         if most := available_flops(pl_module.device, trainer.precision):
             values["mfu"] = flops / most
-        self.logged, self.since, self.waited = tokens, now, 0.0
+        self.logged, self.since, self.waited, self.squares = tokens, now, 0.0, 0
         pl_module.log_dict({f"trainer/{name}": value for name, value in values.items()}, batch_size=1)
 
 
-def matrix_weights(module: nn.Module) -> int:
-    """Weights that are multiplied with every token: of all matrices, a tied embedding once, an embedding alone not."""
-    looked_up = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
-    multiplied = {id(part.weight) for part in module.modules() if isinstance(part, nn.Linear)}
-    parameters = (p for p in module.parameters() if p.ndim == 2 and (id(p) in multiplied or id(p) not in looked_up))
-    return sum(p.numel() for p in parameters)
-
-
-def available_flops(device: torch.device, precision: str) -> int | None:
-    """Operations a second that a GPU of that name can do, as Lightning has it; None where it does not know."""
-    if device.type != "cuda":
-        return None
-    kinds = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32}
-    kind = kinds.get(str(precision).partition("-")[0])
-    return kind and get_available_flops(device, kind)
-
-
-def tokens_in(batch: dict[str, Tensor]) -> int | Tensor:
-    """Real tokens of a batch; a tensor where only the device knows."""
-    return batch["padding_mask"].sum() if "padding_mask" in batch else batch["tokens"].numel()
+def lengths_in(batch: dict[str, Tensor]) -> Tensor:
+    """Real tokens of each sequence of a batch, (N,) int64, on whatever device knows."""
+    if "cu_seqlens" in batch:
+        return batch["cu_seqlens"].long().diff()
+    if "padding_mask" in batch:
+        return batch["padding_mask"].sum(1)
+    return torch.tensor(batch["tokens"].shape)[1:].expand(len(batch["tokens"]))
 
 
 def peak_memory(device: torch.device) -> float:

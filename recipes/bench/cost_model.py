@@ -8,10 +8,11 @@ import inspect
 from dataclasses import dataclass
 from itertools import product
 
+from kernels.operations import CHUNK, MACHINES, Machine, attention_flops, delta_rule_flops, pairs
+
 OF_KERNELS = ("lengths", "kv_usages", "gpus", "batch", "heads", "head_dim", "bytes_per_number")
 OF_RECIPES = ("mixer", "kv_usage", "devices", "strategy", "precision", "seq_len", "batch_tokens", "vocab_size")
 OF_RECIPES += ("match", "match_to")
-CHUNK = 64  # tokens of a chunk of the delta rule
 STATE_BYTES = 4  # of a number of the recurrent state, of g, of beta and of a score: float32
 
 LAUNCHES = {
@@ -32,23 +33,6 @@ LAUNCHES = {
 """What the Triton kernels of the delta rule read and write per token and head, predictions apart: rows of K and of V
 numbers, of a chunk's matrices (C), its share of a state per chunk (S = K V / C), and float32 scalars. The backward pass
 makes again what the forward one does not keep."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Peak rates: TFLOP/s of dense 16-bit matrix products, and TB/s of its memory."""
-
-    tflops: float
-    terabytes: float
-
-
-MACHINES = {
-    "a100": Machine(312, 2.04),
-    "h100": Machine(989, 3.35),
-    "h200": Machine(989, 4.8),
-    "b200": Machine(2250, 8.0),
-}
-"""As the vendor states them, without sparsity."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +62,6 @@ class Cost:
         return "compute" if self.flops / machine.tflops >= self.bytes / machine.terabytes else "memory"
 
 
-def pairs(T: int, kv_usage: float = 1.0, window: int = 0) -> float:
-    """Query-key pairs of a head: stored tokens at or before a query, spread evenly, and those of a window."""
-    near = min(window, T)
-    band = near * (near + 1) / 2 + (T - near) * near
-    return band + kv_usage * (T * (T + 1) / 2 - band)
-
-
 def attention(
     B: int, T: int, H: int, K: int, V: int,
     *, kv_usage: float = 1.0, window: int = 0, train=False, apart=False, size: int = 2,
@@ -94,13 +71,14 @@ def attention(
     Forward: q.k and the sum of values. Backward: FlashAttention (arXiv 2307.08691) counts five products, q.k, dP, dV,
     dQ, dK. Our routed attention makes q.k and dP twice, as it has dQ and dK, dV from kernels `apart`, and no atomics.
     """
-    n = B * H * pairs(T, kv_usage, window)
     seen = min(1.0, kv_usage + window / T) if T else 0.0
     rows = B * H * T * size
-    forward = Cost(2 * n * (K + V), rows * (K + V + seen * (K + V)))
+    products = B * H * attention_flops(T, K, V, kv_usage=kv_usage, window=window)
+    forward = Cost(products, rows * (K + V + seen * (K + V)))
     if not train:
         return forward
     # reads q, o, do and the stored k and v; writes dq and, for the stored alone, dk and dv
+    n = B * H * pairs(T, kv_usage, window)
     backward = Cost(2 * n * (3 * K + 2 * V), rows * (2 * K + 2 * V + 2 * seen * (K + V)))
     again = Cost(2 * n * (K + V), rows * (K + 2 * V + seen * (K + V)))  # reads q, k, v once more, and do twice
     return forward + backward + again if apart else forward + backward
@@ -111,12 +89,10 @@ def delta_rule(
 ) -> Cost:
     """The chunkwise gated delta rule (arXiv 2412.06464); `predict` as in `kernels.delta_rule`.
 
-    Per chunk and head: three products with the state (what it predicts, what is read, what is written), k.k, q.k, the
-    triangular solve, and q.k times the writes. Backward: twice that, and the forward pass once more. Bytes are those of
-    `LAUNCHES`, the last state and the gradient of the first.
+    Backward: twice the products of the forward pass, and that once more. Bytes are those of `LAUNCHES`, the last state
+    and the gradient of the first.
     """
     C = min(chunk, T)
-    flops = 2 * (3 * K * V + 2 * C * K + 2 * C * V)
     numbers = dict(K=K, V=V, C=C, S=K * V / C)
     moved = 0.0
     for phase in ("forward", "backward") if train else ("forward",):
@@ -127,7 +103,8 @@ def delta_rule(
         moved += V * STATE_BYTES
     elif predict == "statistics":  # reads v
         moved += V * size + 2 * STATE_BYTES
-    return Cost(flops * (4 if train else 1), moved) * (B * T * H)
+    flops = B * H * delta_rule_flops(T, K, V, chunk=chunk) * (4 if train else 1)
+    return Cost(flops, moved * B * T * H)
 
 
 def output_norm(B: int, T: int, H: int, V: int, *, size: int = 2) -> Cost:

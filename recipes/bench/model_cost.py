@@ -19,19 +19,18 @@ from torch.utils.flop_counter import FlopCounterMode
 import mixers.attention
 import mixers.ham
 import mixers.memory
+from kernels.operations import CHUNK
 from lit_modules.base import with_options
+from lit_modules.flops import kernel_flops
 from mixers.backbone import Decoder
 from mixers.base import Mixer
 from mixers.registry import SpecError, check_positive, parse_pattern, unknown
 from recipes import flags
-from recipes.bench import cost_model
-from recipes.bench.cost_model import CHUNK
 from recipes.matching import matched
 
 STRATEGIES = ("single", "ddp", "fsdp2")
 PRECISIONS = {"32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2)}
 """precision -> bytes of a stored weight, and of a number in a matrix product"""
-LENGTHS = (CHUNK, 2 * CHUNK)
 LOGITS_AT_ONCE = 2**26  # as in lit_modules.language_model
 GIB = 2**30
 
@@ -111,6 +110,7 @@ def model_cost(
         raise unknown("strategy", strategy, STRATEGIES)
     pattern = parse_pattern(mixer)
     few = Decoder(8, dim=dim, depth=len(pattern), mixer=pattern, mlp_ratio=mlp_ratio)
+    of_kernels = [known_flops(block.mixer, seq_len) for block in few.blocks]
     of_layer = [block_cost(block, dim, precision) for block in few.blocks]
     layers = [n % len(pattern) for n in range(depth)]
     in_blocks = sum(p.numel() for n in layers for p in few.blocks[n].parameters())
@@ -134,7 +134,7 @@ def model_cost(
         logits=min(LOGITS_AT_ONCE, batch_tokens * vocab_size) * (4 + 4 + product),
         state=sum(state for state, _ in held),
         cache=sum(cache for _, cache in held),
-        forward=head + sum(of_layer[n].flops + kernel_flops(few.blocks[n].mixer, seq_len) for n in layers),
+        forward=head + sum(of_layer[n].flops + of_kernels[n] for n in layers),
     )
 
 
@@ -142,15 +142,18 @@ def block_cost(block: nn.Module, dim: int, precision: str) -> BlockCost:
     """Runs a block over two lengths, with the kernels that keep what they keep on a GPU."""
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     block, counts = block.to(dtype), []
+    # of no more tokens than a head's width the score `residual` is computed otherwise, see kernels.output_norm
+    chunks = 1 + getattr(getattr(block.mixer, "memory", None), "value_dim", 0) // CHUNK
+    lengths = (chunks * CHUNK, (chunks + 1) * CHUNK)
     with torch.no_grad():
         block(torch.randn(1, 2, dim, dtype=dtype))  # a router is examined the first time
-    for tokens in LENGTHS:
+    for tokens in lengths:
         x = torch.randn(1, tokens, dim, dtype=dtype, requires_grad=True)
         mixed = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
         with mixed, counted(block) as saved, as_on_a_gpu(saved):
             block(x * 1)
         counts.append((sum(saved.values()), x.numel() * x.element_size(), saved.flops))
-    return BlockCost(*((b - a) / (LENGTHS[1] - LENGTHS[0]) for a, b in zip(*counts, strict=True)))
+    return BlockCost(*((b - a) / CHUNK for a, b in zip(*counts, strict=True)))
 
 
 class Saved(dict):
@@ -229,24 +232,14 @@ def as_on_a_gpu(saved: "Saved") -> Iterator[None]:
             setattr(module, name, theirs)
 
 
-def kernel_flops(mixer: Mixer, seq_len: int) -> float:
-    """Operations of a token in a mixer's kernels, forward: of the delta rule, and of attention to what it stores."""
-    total, one = 0.0, {"B": 1, "T": seq_len}
-    if memory := getattr(mixer, "memory", None):
-        sizes = {"H": memory.num_reads, "K": memory.head_dim, "V": memory.value_dim}
-        total += cost_model.delta_rule(**one, **sizes).flops
-        if mixer.routes:
-            window = mixer.window_size()
-            total += cost_model.attention(**one, **sizes, kv_usage=mixer.kv_usage, window=window).flops
-    elif isinstance(mixer, mixers.attention.Attention):
-        sizes = {"H": mixer.num_heads, "K": mixer.head_dim, "V": mixer.head_dim}
-        usage = {"kv_usage": 0.0, "window": mixer.window} if mixer.window else {}
-        total += cost_model.attention(**one, **sizes, **usage).flops
-    else:
+def known_flops(mixer: Mixer, seq_len: int) -> float:
+    """Operations of a token in a mixer's kernels. Raises SpecError for a mixer that they are not known of."""
+    flops = kernel_flops(mixer, seq_len)
+    if flops is None:
         raise SpecError(
             f"the operations of a {type(mixer).__name__} are not known; attention, GDN's family and HAM are"
         )
-    return total / seq_len
+    return flops
 
 
 def held_in_decoding(mixer: Mixer, seq_len: int, size: int) -> tuple[float, float]:

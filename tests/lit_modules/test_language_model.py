@@ -10,6 +10,7 @@ from lit_modules import language_model
 from lit_modules.callbacks import RNGState
 from lit_modules.data.stream import REPEATED, FixedBatches
 from lit_modules.data.text import TextData
+from lit_modules.flops import kernel_flops
 from lit_modules.language_model import LanguageModel
 from mixers import SpecError
 from mixers.threshold import thresholds_of
@@ -61,10 +62,12 @@ def test_a_short_fit_logs_what_was_agreed(make_trainer, make_model, make_mqar):
     stats += ("data_wait", "aux_loss")
     assert {f"trainer/{name}" for name in stats} <= logged.keys()
     assert all(logged[f"trainer/{name}"] > 0 for name in stats[:-1]) and logged["trainer/data_wait"] < 1
+    length = next(iter(data.val_dataloader()))["tokens"].shape[1]
     multiplied = sum(p.numel() for p in model.parameters() if p.ndim == 2)  # the embedding is the head
+    kernels = sum(kernel_flops(block.mixer, length) for block in model.decoder.blocks)
     rate = logged["trainer/teraflops"] * 1e12 / logged["trainer/tokens_per_second"]
-    assert rate == pytest.approx(6 * multiplied, rel=1e-4)
-    assert logged["trainer/tokens"] == 5 * 16 * next(iter(data.val_dataloader()))["tokens"].shape[1]
+    assert rate == pytest.approx(6 * multiplied + 3 * kernels, rel=1e-4)
+    assert logged["trainer/tokens"] == 5 * 16 * length
     assert {"val/accuracy", "val/kv_usage/layer1"} <= logged.keys()
     assert "val/bits_per_byte" not in logged and not any("head" in name for name in logged)
     heads = [value for name, value in model.last_usage.items() if "head" in name]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lit_modules.flops import flops_per_token
 from mixers import Decoder, SpecError
 from recipes.bench import cost_model
 from recipes.bench.model_cost import as_on_a_gpu, counted, held_in_decoding, model_cost
@@ -75,6 +76,16 @@ def test_the_delta_rule_multiplies_about_as_much_on_a_cpu():
     _, saved = counts(MIXERS["gdn"], as_gpu=False)
     known = 3 * cost_model.delta_rule(1, TOKENS, 2, 16, 16, chunk=16).flops  # of which torch counts no substitution
     assert saved.flops - gpu.flops == pytest.approx(known, rel=0.2)
+
+
+@pytest.mark.parametrize("mixer", ["attention", "gdn", "ham"])
+def test_a_run_logs_the_operations_that_are_planned(mixer):
+    """With the shapes of `ham_150m`, at which the score of a write goes by the Gram matrix of a head."""
+    spec = {"name": mixer, "num_heads": 6, "head_dim": 128}
+    sizes = {"vocab_size": 50_304, "dim": 768, "depth": 14, "mixer": spec}
+    planned = model_cost(**sizes, seq_len=4096, batch_tokens=1, precision="32-true").forward
+    with torch.device("meta"):
+        assert flops_per_token(Decoder(**sizes), 4096) == pytest.approx(3 * planned, rel=0.02)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
