@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from lit_modules.data.files import digest_of
 from lit_modules.data.packing import split_at_ends
 from lit_modules.data.stream import Batch
+from lit_modules.data.workers import outlive_signals
 from mixers.registry import SpecError
 
 
@@ -54,7 +55,8 @@ class LitdataRows:
 
         rows = deepcopy(self.splits[split])  # a data set of litdata's knows where its one loader is
         how = {"batch_size": max(1, row_tokens // self.seq_len), "num_workers": num_workers, "drop_last": True}
-        return _Loader(StreamingDataLoader(rows, collate_fn=self.batch, **how), self.folder)
+        how |= {"collate_fn": self.batch, "worker_init_fn": outlive_signals}
+        return _Loader(StreamingDataLoader(rows, **how), self.folder)
 
     def fixed(self, split: str, row_tokens: int) -> Iterator[Batch]:
         """The same batches every time, for every process."""

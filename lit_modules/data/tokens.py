@@ -15,6 +15,7 @@ from lit_modules.data.documents import INSTALL, TOKENIZER, check_field, count_of
 from lit_modules.data.files import digest_of
 from lit_modules.data.packing import PackedDocuments, TokenLoader
 from lit_modules.data.stream import Batch, FixedBatches
+from lit_modules.data.workers import outlive_signals
 from mixers.registry import SpecError, check_positive, check_range
 
 TOKENS = "tokens"  # the column of the files that `tokenize` writes
@@ -143,7 +144,7 @@ class TokenData(pl.LightningDataModule):
             return TokenLoader(loader, length=self.batches_per_epoch, elastic=True, digests=digests)
         loader_class = _stateful_loader()
         rows = self.rows("train", self.batch_tokens, **self._ranks())
-        how = {"batch_size": None, "num_workers": self.num_workers}
+        how = {"batch_size": None, "num_workers": self.num_workers, "worker_init_fn": outlive_signals}
         generator = torch.Generator().manual_seed(self.seed)  # else it draws from the model's
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*'set_vital' is deprecated")  # torchdata's own call

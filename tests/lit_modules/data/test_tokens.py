@@ -1,7 +1,10 @@
 import gzip
 import io
 import json
+import multiprocessing
 import pickle
+import signal
+import subprocess
 from itertools import islice
 from types import SimpleNamespace
 
@@ -78,6 +81,20 @@ def test_workers_that_are_not_forked_get_the_data_and_nothing_else(tokens):
     rows = data.train_dataloader().loader.dataset
     ours, theirs = (next(iter(some)) for some in (rows, pickle.loads(pickle.dumps(rows))))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_worker_outlives_the_signals_that_stop_a_run(tokens):
+    """Slurm, torchrun and a terminal send them to every process."""
+    batches = iter(tokens(num_workers=1).train_dataloader())
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        subprocess.run(["kill", f"-{signum.name.removeprefix('SIG')}", str(worker.pid)], check=True)
+    for _ in range(10):
+        next(batches)
+    worker.terminate()  # as Python does with one that is left when it exits
+    worker.join(30)
+    assert worker.exitcode == 0
 
 
 def test_another_number_of_workers_is_refused(tokens):
