@@ -72,3 +72,18 @@ def test_two_processes_do_as_one(strategy, steps, budget, run, here):
     assert len(expected["losses"]) == 2
     for name in ("second", "third"):
         assert_same(records(name)[0], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_accumulate_what_one_sees_at_once(strategy, run, here):
+    precision = {"ddp": "64-true", "fsdp2": "32-true"}[strategy]
+    fit = f"fit {DATA} {RUN} --precision {precision} --steps 6"
+    assert run(f"{fit} {RECORD}=one").code == 0
+    elsewhere(f"{fit} {RECORD}=two {PROCESSES} 2 --strategy {strategy} --accumulate 2 --data.parts 2")
+    (one,), two = records("one"), records("two", 2)
+    assert one["learned"][0].any()
+    for found in two:
+        assert len(found["losses"]) == 6 and found["losses"] == pytest.approx(one["losses"], rel=0, abs=1e-5)
+        for x, y in zip(found["learned"], one["learned"], strict=True):  # before they are calibrated on fewer sequences
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
