@@ -10,6 +10,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -21,7 +22,7 @@ from lit_modules.sharded import WholeCheckpointIO
 from mixers import SpecError, set_kv_usage
 from mixers.registry import check_positive
 from mixers.threshold import thresholds_of
-from recipes.checkpoint.saved import PROCESSES, RECIPE
+from recipes.checkpoint.saved import PROCESSES, RECIPE, WANDB
 from recipes.results import written_whole
 
 
@@ -35,6 +36,9 @@ class SaveConfig(SaveConfigCallback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[RECIPE] = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         checkpoint[PROCESSES] = trainer.world_size
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                checkpoint[WANDB] = logger.version
 
 
 class WholeFiles(WholeCheckpointIO):

@@ -275,11 +275,12 @@ class RecipeCLI(LightningCLI):
         mixer = self.given.mixer or ",".join(dict.fromkeys(flags.mixer_names(model.get("mixer", "own"))))
         name = run_name(mixer, data.class_path if data else "own")
         self.folder.make(root, name)
-        where = {"save_dir": root, "name": "", "version": self.folder.path.name}
+        path = self.folder.path
+        where = {"save_dir": root, "name": "", "version": path.name}
         kinds = {
             "tensorboard": lambda: TensorBoardLogger(**where, default_hp_metric=False),
             "csv": lambda: CSVLogger(**where, flush_logs_every_n_steps=1),  # a row is written when it is logged
-            "wandb": lambda: WandbLogger(name=self.folder.path.name, save_dir=self.folder.path),
+            "wandb": lambda: WandbLogger(name=path.name, save_dir=path, id=self.saved and self.saved.wandb),  # goes on
         }
         return [kinds[name]() for name in kinds if name in names]
 

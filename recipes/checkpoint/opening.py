@@ -13,7 +13,7 @@ from lit_modules.base import SequenceModule
 from lit_modules.finite import not_finite
 from lit_modules.sharded import meta_file, weights_in
 from mixers.registry import SpecError
-from recipes.checkpoint.saved import PROCESSES, RECIPE, Saved
+from recipes.checkpoint.saved import PROCESSES, RECIPE, WANDB, Saved
 from recipes.messages import one_line
 from recipes.trust import check_options, trusted
 
@@ -62,6 +62,7 @@ def open_checkpoint(path: str, *, root: str | Path = RUNS, name: str = "*") -> S
         step=step,
         finished=finished,
         processes=checkpoint.get(PROCESSES),
+        wandb=checkpoint.get(WANDB),
     )
 
 

@@ -26,6 +26,7 @@ from recipes.trust import check_options, trusted
 
 RECIPE = "recipe"  # the key of a checkpoint that holds the run's whole configuration
 PROCESSES = "processes"  # that of how many wrote it together
+WANDB = "wandb"  # that of the id of the run at W&B, if there is one
 LINKED = ("vocab_size", "num_classes")  # of the data; compared when the data is there
 FREE = ("kv_usage", "compile", "activation_checkpointing", "on_nonfinite", *LINKED)
 OF_TRAINING = (
@@ -52,6 +53,7 @@ class Saved:
     finished: bool
     """Whether nothing was left to do after `step`, if that was to be the last one."""
     processes: int | None
+    wandb: str | None
 
     @property
     def folder(self) -> Path:

@@ -54,7 +54,7 @@ def test_as_many_checkpoints_stay_as_asked(run, here, tiny):
 class Elsewhere(CSVLogger):
     """Has a folder of its own, as W&B's logger."""
 
-    def __init__(self, name, save_dir):
+    def __init__(self, name, save_dir, id):
         super().__init__(save_dir, name="project", version=name)
 
 
