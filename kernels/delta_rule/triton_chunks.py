@@ -161,7 +161,7 @@ def _backward(
         )  # fmt: skip
         run.gradients_v[len(chunks), H](
             g, beta, error, w, do, dp, chunks, dv, d_beta, ha, hq, scale, H,
-            **options | fit("gradients_v", v, K),
+            **options, **fit("gradients_v", v, K),
         )  # fmt: skip
         run.gradients_k[len(chunks) * parts, H](
             q, k, g, beta, error, w, starts, do, dp, d_next, chunks, ha, hq, dq, dk, dg_parts, scale, T, H,

@@ -48,7 +48,7 @@ def scan_block(BV: int, V: int, states: int) -> int:
 
 def fit(kernel: str, v: Tensor, K: int) -> dict:
     """Warps of a program, so that its registers hold its tiles, and stages of its loops, whose operands are in shared
-    memory at once; a block of V where a kernel's is narrower than the others'.
+    memory at once.
     """
     size, half, hopper = max(K, v.shape[-1]), v.dtype in HALF, warpgroups(v.device)
     heavy = kernel == "scan_back" or (kernel == "gradients_v" and size > 64)  # keep several sums
@@ -56,5 +56,4 @@ def fit(kernel: str, v: Tensor, K: int) -> dict:
     stages = 3 if half and hopper and size <= 128 else 2 if half or hopper or size <= 128 else 1
     if hopper and kernel in ("gradients_v", "gradients_k"):
         stages = 1  # pipelined, they overwrite operands that may still be read: triton issue 9433, `kernels.sass`
-    narrow = dict(BV=16) if kernel == "gradients_v" and not half else {}  # 32 spill 21 kB of float32 at K = 128
-    return dict(num_warps=warps, num_stages=stages) | narrow
+    return dict(num_warps=warps, num_stages=stages)

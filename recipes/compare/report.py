@@ -158,7 +158,7 @@ def table(by_label: dict[str, list[Row]]) -> str:
     low = _failure(by_label)
     lines = [_line(label, runs, metric, rated, low) for label, runs in by_label.items()]
     note = f"\n\nfailed: seeds below {low:.3f}, half of what half of all runs reach" if low is not None else ""
-    return markdown_table([*header, "in pages of 64", "tokens", "s/run"], lines) + note
+    return markdown_table([*header, "s/run"], lines) + note
 
 
 def _failure(by_label: dict[str, list[Row]]) -> float | None:

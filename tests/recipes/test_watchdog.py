@@ -144,7 +144,8 @@ def long_work(rank):
     setattr(owner, name, slow)
 
 
-@pytest.mark.parametrize("to", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("to", [0, 1])
 def test_a_process_that_is_stopped_ends_the_other(here, tiny, to):
     line = f"fit {tiny} --model.depth 1 --trainer.val_check_interval 2"
     codes, said = run(line, here, processes=2, change=partial(stop, to=to), rest=2)
