@@ -26,7 +26,8 @@ def over_controls(rows: list[Row]) -> str:
             [cell for (other, u), cell in routed.items() if u == usage and routers[other] == control]
             for control in CONTROLS
         )
-        lines.append([label, *(_gain(ours, max(some, key=_mean(sign), default={}), sign) for some in rivals)])
+        best = (max(some, key=lambda cell: sign * mean(cell.values()), default={}) for some in rivals)
+        lines.append([label, *(_gain(ours, theirs, sign) for theirs in best)])
     return _table(rows, lines, CONTROLS)
 
 
@@ -54,10 +55,6 @@ def _routed(rows: list[Row]) -> dict[tuple[str, float], Cell]:
 
 def _sign(rows: list[Row]) -> int:
     return 1 if higher_is_better(rows[0]) else -1
-
-
-def _mean(sign: int) -> Any:
-    return lambda cell: sign * mean(cell.values())
 
 
 def _gain(ours: Cell, theirs: Cell, sign: int) -> str:

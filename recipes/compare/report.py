@@ -138,27 +138,13 @@ def table(by_label: dict[str, list[Row]]) -> str:
     """One line a contestant: mean [worst, best] over seeds, usage, size, bytes, time."""
     metric = next(iter(by_label.values()))[0]["metric"]
     rated = any("learning_rate" in runs[0]["options"] for runs in by_label.values())
-    header = [
-        "contestant",
-        f"{metric} [min, max]",
-        "seeds",
-        "failed",
-        *(["learning rate"] if rated else []),
-        "KV usage",
-    ]
-    header += [
-        "per head, layer by layer",
-        "parameters",
-        "state bytes",
-        "KV bytes",
-        "in all",
-        "in pages of 64",
-        "tokens",
-    ]
+    rate = ["learning rate"] if rated else []
+    held = ["state bytes", "KV bytes", "in all", "in pages of 64"]
+    header = ["contestant", f"{metric} [min, max]", "seeds", "failed", *rate, "KV usage", "per head, layer by layer"]
     low = _failure(by_label)
     lines = [_line(label, runs, metric, rated, low) for label, runs in by_label.items()]
     note = f"\n\nfailed: seeds below {low:.3f}, half of what half of all runs reach" if low is not None else ""
-    return markdown_table([*header, "s/run"], lines) + note
+    return markdown_table([*header, "parameters", *held, "tokens", "s/run"], lines) + note
 
 
 def _failure(by_label: dict[str, list[Row]]) -> float | None:

@@ -185,7 +185,7 @@ def _curve(trainer: pl.Trainer, model: SequenceModule, data, usages: list[float]
 
 @torch.no_grad()
 def remembered(model: SequenceModule, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Bytes that a model holds after reading a sequence: the mean of the batch's first ones, of the first if packed.
+    """Bytes that a model holds after reading a sequence: the mean of a batch's first; of one if packed or padded.
 
     Returns:
         Of the recurrent state, of the kept keys and values, and of the pages that hold them. Where a mixer has no
