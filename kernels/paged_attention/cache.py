@@ -80,15 +80,15 @@ class PagedCache:
         Waits for the device, so call it once for many steps.
 
         Args:
-            tokens: more in every row, or (R,) int numbers of them.
+            tokens: more in every row, or (R,) int32 numbers of them.
         """
         if not len(self.length):
             return self
         after = self.length + tokens
         pages, slots = len(self.k), self.table.shape[1]
-        wanted, held = (int((n + PAGE - 1).div(PAGE, rounding_mode="floor").sum()) for n in (after, self.length))
-        missing = int(self.used) + wanted - held - pages
-        if missing > 0:
+        begun = (after + (PAGE - 1)) // PAGE - (self.length + (PAGE - 1)) // PAGE
+        used, longest = torch.stack([begun.sum() + self.used, after.max().long()]).tolist()  # asked in one go
+        if (missing := used - pages) > 0:
             more = max(missing, pages // SLACK)
             self = replace(
                 self,
@@ -96,7 +96,7 @@ class PagedCache:
                 v=torch.cat([self.v, self.v.new_zeros(more, *self.v.shape[1:])]),
                 free=torch.cat([self.free, torch.arange(pages, pages + more).to(self.free)]),
             )
-        more = -(-int(after.max()) // PAGE) - slots
+        more = -(-longest // PAGE) - slots
         if more > 0:
             self = replace(self, table=torch.nn.functional.pad(self.table, (0, max(more, slots // SLACK))))
         if isinstance(tokens, int) and self.reserved < tokens:

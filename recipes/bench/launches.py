@@ -93,7 +93,8 @@ def waits(found: Counter) -> int:
 def layer(name: str, what: str, precision: str) -> tuple[Counter, torch.Tensor]:
     """What one layer of a model launches, by name, and its hidden (1, T, D).
 
-    Tables of the layout, which the first layer makes, and whatever a first call does are there before.
+    Tables of the layout, which the first layer makes, and whatever a first call does are there before; the token
+    decoded is a second one: the first, like every 64th, reserves pages.
 
     Args:
         name: of the mixer.
@@ -127,13 +128,15 @@ def layer(name: str, what: str, precision: str) -> tuple[Counter, torch.Tensor]:
         layout = Layout.of(None, x)
         for index in range(2):
             mixer.layer_index = index
+            given = mixer.init_state(1) if what == "prefill" else state  # from a state once only: twice copies it
             with launches() as found:
                 with cast:
-                    hidden = mixer(x, state, layout).hidden
+                    out = mixer(x, given, layout)
                 if train:
                     wanted = [x, *(p for p in mixer.parameters() if p.requires_grad)]
-                    torch.autograd.grad(hidden, wanted, gradient, allow_unused=True)
-    return found, hidden.detach()
+                    torch.autograd.grad(out.hidden, wanted, gradient, allow_unused=True)
+            state = out.state
+    return found, out.hidden.detach()
 
 
 def count(mixers: list[str] | None = None, out: str = "runs/launches") -> None:

@@ -43,6 +43,16 @@ def test_autocast_casts_a_layers_input_once(name, most):
     assert_close(hidden.float(), exact, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize(
+    ("name", "what", "most"),
+    [("attention", "prefill", 2), ("ham", "prefill", 2), ("attention", "decode", 0), ("ham", "decode", 1)],
+)
+def test_a_layer_waits_seldom(name, what, most):
+    """A prompt asks how many tokens are stored and which; a token more, whether any is, or nothing."""
+    found, _ = layer(name, what, "float32")
+    assert waits(found) <= most, found
+
+
 def test_what_is_counted():
     """A wait is told apart from a view, and a kernel from an operation of PyTorch's."""
     x = torch.randn(3, 4)
