@@ -6,10 +6,16 @@ Its input is all that is kept for the backward pass, which computes the sum anew
 each as large as q, k and v together, and take twice the time.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+BLOCK = 2**18
+"""Numbers that the backward pass takes at a time. Of (8, 1024, 384) in float32 it takes 15 ms on one thread of a CPU; in
+one piece, whose parts are fresh memory each time and leave the cache, 40 to 60."""
 
 
 def short_convolution(x: Tensor, weight: Tensor) -> Tensor:
@@ -48,17 +54,29 @@ class _ShortConvolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        T, dx, dw = dy.shape[1], None, None
-        dy = torch.ops.aten.silu_backward(dy, _slide(x, weight))
-        if ctx.needs_input_grad[0]:
-            dx = torch.zeros_like(x)
+        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        dw = torch.zeros(weight.shape, dtype=exact, device=x.device) if ctx.needs_input_grad[1] else None
+        for rows, start, stop in _blocks(dy):
+            some = x[rows, start : stop + len(weight) - 1]
+            y = _slide(some, weight)
+            dz = torch.ops.aten.silu_backward(dy[rows, start:stop], y)
             for i, w in enumerate(weight):
-                dx[:, i : i + T].addcmul_(dy, w)
-        if ctx.needs_input_grad[1]:
-            exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-            dw = torch.stack([(dy * x[:, i : i + T]).sum((0, 1), dtype=exact) for i in range(len(weight))])
-            dw = dw.to(weight.dtype)
-        return dx, dw
+                if dx is not None:
+                    dx[rows, start + i : stop + i].addcmul_(dz, w)
+                if dw is not None:
+                    dw[i] += torch.mul(dz, some[:, i : i + dz.shape[1]], out=y).sum((0, 1), dtype=exact)
+        return dx, None if dw is None else dw.to(weight.dtype)
+
+
+def _blocks(x: Tensor) -> Iterator[tuple[slice, int, int]]:
+    """Sequences, and the tokens of theirs from one to another, of x (B, T, channels): parts that fit a CPU's cache."""
+    B, T, channels = x.shape
+    most = max(BLOCK // channels, 1) if x.device.type == "cpu" else max(B * T, 1)
+    tokens, rows = min(T, most) or 1, max(most // max(T, 1), 1)
+    for first in range(0, B, rows):
+        for start in range(0, T, tokens):
+            yield slice(first, first + rows), start, min(start + tokens, T)
 
 
 def _slide(x: Tensor, weight: Tensor) -> Tensor:
