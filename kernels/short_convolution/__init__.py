@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 BLOCK = 2**18
-"""Numbers that the backward pass takes at a time. Of (8, 1024, 384) in float32 it takes 15 ms on one thread of a CPU; in
-one piece, whose parts are fresh memory each time and leave the cache, 40 to 60."""
+"""Numbers that the backward pass takes at a time. Of (8, 1024, 384) in float32 it takes 15 ms on one thread of a CPU;
+in one piece, whose parts are fresh memory each time and leave the cache, 40 to 60."""
 
 
 def short_convolution(x: Tensor, weight: Tensor) -> Tensor:
