@@ -56,4 +56,6 @@ def fit(kernel: str, v: Tensor, K: int) -> dict:
     stages = 3 if half and hopper and size <= 128 else 2 if half or hopper or size <= 128 else 1
     if hopper and kernel in ("gradients_v", "gradients_k"):
         stages = 1  # pipelined, they overwrite operands that may still be read: triton issue 9433, `kernels.sass`
-    return dict(num_warps=warps, num_stages=stages)
+    options = dict(num_warps=warps, num_stages=stages)
+    # left to itself, ptxas gives the many products of this one 32 registers on sm_80, and spills 28 kB
+    return options if half or kernel != "read" else options | dict(maxnreg=255)
