@@ -80,7 +80,7 @@ WITHOUT_PRODUCTS = ("convolve", "convolve_back", "ranks", "mix", "mix_back")
 @pytest.mark.parametrize(
     ("capabilities", "dtypes", "head_dims", "left_out"),
     [
-        ([86], ["bfloat16"], [128], ("few programs", "statistics", "additive", "bias")),
+        ([86], ["bfloat16"], [128], ("few programs", "statistics", "additive", "bias", "in place, ")),
         pytest.param([80, 86, 89, 90, 100, 120], [*DTYPES], [32, 64, 128, 256], (), marks=pytest.mark.slow),
     ],
     ids=["one", "all"],
