@@ -13,8 +13,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from lit_modules.base import SequenceModule
 from lit_modules.data.batches import IGNORED, cut_to_length
 from lit_modules.data.generated import GeneratedData
-from lit_modules.data.stream import ANSWER, NAMES, PART, REPEATED
-from lit_modules.metrics import BitsPerByte, BitsPerByteOfNames, Loss, MeanAccuracy, Perplexity
+from lit_modules.data.stream import ANSWER, PART, REPEATED
+from lit_modules.metrics import BitsPerByte, Loss, MeanAccuracy, Perplexity
 from mixers.registry import SpecError, check_range
 
 BYTES = 256
@@ -24,8 +24,8 @@ LOGITS_AT_ONCE = 2**26
 class LanguageModel(SequenceModule):
     """A decoder trained to answer ``targets`` at every position where they are not -100.
 
-    Logs loss, perplexity and accuracy, bits per byte where the vocabulary is the 256 bytes, also of repeated names
-    where batches mark them, and where batches name a part, the accuracy of each and the mean.
+    Logs loss, perplexity and accuracy, bits per byte where the vocabulary is the 256 bytes, and where batches name a
+    part, the accuracy of each and the mean.
 
     Args:
         z_loss: weight in training of the mean square of log(sum(exp(logits))), which keeps logits from drifting (PaLM,
@@ -49,7 +49,6 @@ class LanguageModel(SequenceModule):
         }
         if vocab_size == BYTES:
             metrics["bits_per_byte"] = BitsPerByte()
-            metrics["bits_per_byte_of_names"] = BitsPerByteOfNames()
         self.metrics = MetricCollection(metrics)
 
     def on_fit_start(self) -> None:
@@ -127,11 +126,6 @@ class LanguageModel(SequenceModule):
         counted = 0 if batch.get(REPEATED) else 1
         targets = batch["targets"] if counted else torch.full_like(batch["targets"], IGNORED)
         counts = {"value": loss, "weight": (targets != IGNORED).sum(), "preds": answers, "target": targets}
-        value_of_names = names = None
-        if self.hparams.vocab_size == BYTES and NAMES in batch:
-            of_names = targets.masked_fill(~batch[NAMES], IGNORED)
-            value_of_names, names = self.token_loss(out.hidden, of_names)[0], (of_names != IGNORED).sum()
-        counts |= {"value_of_names": value_of_names, "names": names}
         self.metrics.update(**counts, part=batch.get(PART), answer=batch.get(ANSWER))
         self.usage.update(out.routing, counted)
 

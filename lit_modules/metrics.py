@@ -25,33 +25,6 @@ class BitsPerByte(Loss):
         return super().compute() / math.log(2)
 
 
-class BitsPerByteOfNames(Metric):
-    """Mean loss in bits of the targets that batches mark as names; nothing if they mark none.
-
-    ``update(value_of_names, names)``: mean nats of such targets and how many they are; None for a batch without marks.
-
-    ``compute()`` returns ``bits_per_byte_of_names`` and ``bytes_of_names``, float32 scalars.
-    """
-
-    full_state_update = False
-    higher_is_better = False
-
-    def __init__(self, **options: Any):
-        super().__init__(**options)
-        for state in ("nats", "bytes"):
-            self.add_state(state, torch.zeros(()), dist_reduce_fx="sum")
-
-    def update(self, value_of_names: Tensor | None, names: Tensor | None) -> None:
-        if names is not None:
-            self.nats += value_of_names * names
-            self.bytes += names
-
-    def compute(self) -> dict[str, Tensor]:
-        if not self.bytes:
-            return {}
-        return {"bits_per_byte_of_names": self.nats / self.bytes / math.log(2), "bytes_of_names": self.bytes}
-
-
 class Perplexity(Loss):
     """exp of the mean loss. ``update(value, weight)``: mean nats, number of tokens.
 

@@ -28,8 +28,6 @@ the entry-point group ``lightning_mixers.data``. Its loaders yield batches, each
                                 ``accuracy/{name}``, and their mean, ``mean_accuracy``
 ``answer``        (B, T) int64  optional, with ``part``: which answer of its sequence a token belongs to; an answer then
                                 counts as right if all of its tokens are
-``names``         (B, T) bool   optional, in evaluations of bytes: targets whose loss is also reported apart, as
-                                ``bits_per_byte_of_names``; of text, what goes on with a name that was there before
 ================  ============  ======================================================================================
 
 Other keys, shapes, dtypes and ids are refused (:func:`lit_modules.data.batches.check_batch`). A batch of Hugging Face's

@@ -76,8 +76,6 @@ PART = "part"
 """A key of evaluation batches: the name of the part that they belong to, and the names of all parts."""
 ANSWER = "answer"
 """A key of evaluation batches: which answer of its sequence a token belongs to, (B, T) int64."""
-NAMES = "names"
-"""A key of evaluation batches: which targets go on with a name that was there before, (B, T) bool."""
 
 
 class FixedBatches:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_modules.data.files import digest_of, find_files, read_texts, split_texts
-from lit_modules.data.names import repeated_names
-from lit_modules.data.stream import NAMES, Batch, BatchStream, FixedBatches
+from lit_modules.data.stream import Batch, BatchStream, FixedBatches
 from mixers.registry import SpecError, check_range
 
 
@@ -64,8 +63,7 @@ class TextData(pl.LightningDataModule):
     """Next-byte prediction on text files; ids are the 256 bytes.
 
     A document, which is a file or a line of a ``.jsonl`` file, is in one split only; of fewer than 50, each is cut in
-    three. Evaluations also measure names that come back (:mod:`lit_modules.data.names`) apart. The default text
-    differs between versions of Python: compare bits per byte on the same one.
+    three. The default text differs between versions of Python: compare bits per byte on the same one.
 
     Args:
         paths: files and folders, or one of them; None for the standard library's sources. Plain text of any suffix, and
@@ -149,7 +147,7 @@ class TextData(pl.LightningDataModule):
     def _fixed(self, split: str) -> FixedBatches:
         rows, (rank, world_size) = self.rows[split], self._ranks()
         count = min(rows.num_rows, self.limits[split] // rows.row_tokens)
-        return FixedBatches([_with_names(rows.row(0, i)) for i in range(count)], rank=rank, world_size=world_size)
+        return FixedBatches([rows.row(0, i) for i in range(count)], rank=rank, world_size=world_size)
 
     def val_dataloader(self) -> FixedBatches:
         return self._fixed("validation")
@@ -164,13 +162,3 @@ class TextData(pl.LightningDataModule):
     def decode(tokens: Tensor) -> str:
         """The text of ids (T,) in 0..255; bytes that are no UTF-8 become U+FFFD."""
         return bytes(tokens.tolist()).decode("utf-8", errors="replace")
-
-
-def _with_names(row: Batch) -> Batch:
-    """The row, and which of its targets go on with a name that its own piece had before."""
-    pieces = row["cu_seqlens"].tolist()
-    names = []
-    for begin, end in zip(pieces, pieces[1:], strict=False):
-        read = torch.cat([row["tokens"][0, begin:end], row["targets"][0, end - 1 : end]])
-        names.append(torch.from_numpy(repeated_names(bytes(read.tolist()))[1:]))
-    return row | {NAMES: torch.cat(names)[None]}

@@ -12,7 +12,7 @@ import torch
 from kernels.dispatch import CHOSEN
 from lit_modules.base import SequenceModule, with_options
 from lit_modules.callbacks import CalibrateThresholds
-from lit_modules.data.stream import PART, longest_document
+from lit_modules.data.stream import PART
 from mixers.registry import SpecError, unknown
 from mixers.state import kv_cache_bytes, kv_stored_bytes, state_bytes
 from mixers.threshold import set_kv_usage, thresholds_of
@@ -185,9 +185,7 @@ def _curve(trainer: pl.Trainer, model: SequenceModule, data, usages: list[float]
 
 @torch.no_grad()
 def remembered(model: SequenceModule, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Bytes that a model holds after reading a sequence.
-
-    Of a batch's first ones their mean, of a packed one the longest, of a padded one the first.
+    """Bytes that a model holds after reading a sequence: the mean of a batch's first; of one if packed or padded.
 
     Returns:
         Of the recurrent state, of the kept keys and values, and of the pages that hold them. Where a mixer has no
@@ -195,7 +193,7 @@ def remembered(model: SequenceModule, batch: dict[str, torch.Tensor]) -> dict[st
     """
     tokens = batch["tokens"][: 1 if "padding_mask" in batch else WEIGHED]
     if "cu_seqlens" in batch:
-        tokens = tokens[:, longest_document(batch["cu_seqlens"])]
+        tokens = tokens[:, : int(batch["cu_seqlens"][1])]
     elif "padding_mask" in batch:
         tokens = tokens[:, batch["padding_mask"][0]]
     decoder = model.decoder.eval()

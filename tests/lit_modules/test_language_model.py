@@ -154,28 +154,6 @@ def test_text_is_measured_in_bits_per_byte(make_trainer, make_model, text):
     assert logged["val/bits_per_byte"] == pytest.approx(logged["val/loss"] / math.log(2), rel=1e-5)
 
 
-def test_names_that_come_back_are_measured_apart(make_trainer, make_model, text, tmp_path):
-    def of_names(folder):
-        data = TextData(paths=[str(folder)], seq_len=256, batch_tokens=512, validation_tokens=2048, held_out=0.1)
-        model = make_model(vocab_size=256)
-        logged = make_trainer().validate(model, data, verbose=False)[0]
-        return {name: value for name, value in logged.items() if "names" in name}, model.eval(), data
-
-    (tmp_path / "code").mkdir()
-    for i in range(60):
-        (tmp_path / "code" / f"{i}.py").write_text(f"first_{i} = second + {'1 + ' * 20} first_{i} / second\n" * 4)
-    logged, model, data = of_names(tmp_path / "code")
-    losses = []
-    for batch in data.val_dataloader():
-        logits = model(batch["tokens"], cu_seqlens=batch["cu_seqlens"])
-        each = torch.nn.functional.cross_entropy(logits[0], batch["targets"][0], reduction="none")
-        losses.append(each[batch["names"][0]])
-    losses = torch.cat(losses)
-    assert logged["val/bytes_of_names"] == len(losses) > 100
-    assert logged["val/bits_per_byte_of_names"] == pytest.approx(losses.mean().item() / math.log(2), rel=1e-5)
-    assert of_names(tmp_path / "texts" if text else None)[0] == {}  # "followed" comes back within 30 bytes
-
-
 @pytest.mark.parametrize(("task", "micro_batches"), [("mqar", 1), ("text", 1), ("text", 2)])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(
     tmp_path, make_trainer, make_model, make_mqar, text, task, micro_batches
