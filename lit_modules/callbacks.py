@@ -120,7 +120,8 @@ class RunSummary(pl.Callback):
     """Prints the last validation at the end of a fit: its metrics, and the KV usage of each layer and head."""
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        names = {"bits_per_byte": "bits per byte", "accuracy": "accuracy", "loss": "loss", "perplexity": "perplexity"}
+        names = {"bits_per_byte": "bits per byte", "name_bits_per_byte": "of names that come back"}
+        names |= {"accuracy": "accuracy", "loss": "loss", "perplexity": "perplexity"}
         metrics = {name: trainer.callback_metrics.get(f"val/{name}") for name in names}
         parts = [f"{names[name]} {value:.4g}" for name, value in metrics.items() if value is not None]
         if parts:

@@ -13,8 +13,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from lit_modules.base import SequenceModule
 from lit_modules.data.batches import IGNORED, cut_to_length
 from lit_modules.data.generated import GeneratedData
-from lit_modules.data.stream import ANSWER, PART, REPEATED
-from lit_modules.metrics import BitsPerByte, Loss, MeanAccuracy, Perplexity
+from lit_modules.data.names import KNOWN, REST, UNKNOWN
+from lit_modules.data.stream import ANSWER, NAMES, PART, REPEATED
+from lit_modules.metrics import BitsPerByte, Loss, MeanAccuracy, NameBits, Perplexity
 from mixers.registry import SpecError, check_range
 
 BYTES = 256
@@ -24,8 +25,8 @@ LOGITS_AT_ONCE = 2**26
 class LanguageModel(SequenceModule):
     """A decoder trained to answer ``targets`` at every position where they are not -100.
 
-    Logs loss, perplexity and accuracy, bits per byte where the vocabulary is the 256 bytes, and where batches name a
-    part, the accuracy of each and the mean.
+    Logs loss, perplexity and accuracy, bits per byte where the vocabulary is the 256 bytes (of names that come back
+    apart, where batches mark them), and where batches name a part, the accuracy of each and the mean.
 
     Args:
         z_loss: weight in training of the mean square of log(sum(exp(logits))), which keeps logits from drifting (PaLM,
@@ -48,7 +49,7 @@ class LanguageModel(SequenceModule):
             "mean_accuracy": MeanAccuracy(),
         }
         if vocab_size == BYTES:
-            metrics["bits_per_byte"] = BitsPerByte()
+            metrics |= {"bits_per_byte": BitsPerByte(), "name_bits_per_byte": NameBits()}
         self.metrics = MetricCollection(metrics)
 
     def on_fit_start(self) -> None:
@@ -126,8 +127,18 @@ class LanguageModel(SequenceModule):
         counted = 0 if batch.get(REPEATED) else 1
         targets = batch["targets"] if counted else torch.full_like(batch["targets"], IGNORED)
         counts = {"value": loss, "weight": (targets != IGNORED).sum(), "preds": answers, "target": targets}
-        self.metrics.update(**counts, part=batch.get(PART), answer=batch.get(ANSWER))
+        by_kind = self._by_kind(out.hidden, targets, batch[NAMES]) if NAMES in batch else None
+        self.metrics.update(**counts, part=batch.get(PART), answer=batch.get(ANSWER), by_kind=by_kind)
         self.usage.update(out.routing, counted)
+
+    def _by_kind(self, hidden: Tensor, targets: Tensor, names: Tensor) -> Tensor:
+        """As :class:`NameBits` takes it; the logits are computed anew, so that training pays nothing."""
+        found = []
+        for kind in (REST, KNOWN, UNKNOWN):
+            chosen = targets.masked_fill(names != kind, IGNORED)
+            count = (chosen != IGNORED).sum()
+            found.append(torch.stack([self.token_loss(hidden, chosen)[0] * count, count]))
+        return torch.stack(found, 1)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The likeliest next token at each position, (B, T) int64."""

@@ -1,4 +1,4 @@
-"""torchmetrics that torchmetrics lacks: bits per byte, perplexity from a known loss, accuracy by part, KV usage."""
+"""torchmetrics that torchmetrics lacks: bits per byte, also of names, perplexity, accuracy by part, KV usage."""
 
 import math
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
 from lit_modules.data.batches import IGNORED
+from lit_modules.data.names import KNOWN, REST, UNKNOWN
 from mixers.base import Routing
 
 
@@ -23,6 +24,38 @@ class BitsPerByte(Loss):
 
     def compute(self) -> Tensor:
         return super().compute() / math.log(2)
+
+
+class NameBits(Metric):
+    """Bits per byte of names that come back, and of the rest; nothing if batches mark none.
+
+    ``update(by_kind)``: of what is REST, KNOWN and UNKNOWN (:mod:`lit_modules.data.names`), the loss summed in nats and
+    the number of bytes, (2, 3) float32; None where nothing is marked.
+
+    ``compute()`` returns ``name_bits_per_byte``, ``unknown_name_bits_per_byte`` (of those names that the training text
+    has not), ``rest_bits_per_byte``, and as ``name_bytes``, ... how many bytes each is over: float32 scalars.
+    """
+
+    full_state_update = False
+    higher_is_better = False
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.add_state("by_kind", torch.zeros(2, 3), dist_reduce_fx="sum")
+
+    def update(self, by_kind: Tensor | None) -> None:
+        if by_kind is not None:
+            self.by_kind = self.by_kind + by_kind
+
+    def compute(self) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {}
+        if not self.by_kind[1, [KNOWN, UNKNOWN]].any():
+            return values
+        for what, kinds in {"name": [KNOWN, UNKNOWN], "unknown_name": [UNKNOWN], "rest": [REST]}.items():
+            nats, count = self.by_kind[:, kinds].sum(1)
+            if count:
+                values |= {f"{what}_bits_per_byte": nats / count / math.log(2), f"{what}_bytes": count}
+        return values
 
 
 class Perplexity(Loss):

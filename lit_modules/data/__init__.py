@@ -28,6 +28,8 @@ the entry-point group ``lightning_mixers.data``. Its loaders yield batches, each
                                 ``accuracy/{name}``, and their mean, ``mean_accuracy``
 ``answer``        (B, T) int64  optional, with ``part``: which answer of its sequence a token belongs to; an answer then
                                 counts as right if all of its tokens are
+``names``         (B, T) int64  optional, in evaluations, of bytes: what each target is (:mod:`lit_modules.data.names`);
+                                language models then report the bits per byte of names that come back apart
 ================  ============  ======================================================================================
 
 Other keys, shapes, dtypes and ids are refused (:func:`lit_modules.data.batches.check_batch`). A batch of Hugging Face's

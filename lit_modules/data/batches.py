@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.sequences import Layout
-from lit_modules.data.stream import ANSWER, PART, REPEATED, Batch
+from lit_modules.data.stream import ANSWER, NAMES, PART, REPEATED, Batch
 from mixers.registry import SpecError
 
 IGNORED = -100
-OPTIONAL = ("cu_seqlens", "padding_mask", REPEATED, PART, ANSWER)
+OPTIONAL = ("cu_seqlens", "padding_mask", REPEATED, PART, ANSWER, NAMES)
 THEIRS = {"input_ids", "labels", "attention_mask"}
 
 
@@ -47,6 +47,7 @@ def check_batch(batch: Any, *, answers: tuple[str, ...], vocab_size: int, num_cl
         "label": (torch.int64, (len(tokens),)),
         "padding_mask": (torch.bool, tuple(tokens.shape)),
         ANSWER: (torch.int64, tuple(tokens.shape)),
+        NAMES: (torch.int64, tuple(tokens.shape)),
     }
     for name in shapes.keys() & batch.keys():
         dtype, shape = shapes[name]

@@ -76,6 +76,8 @@ PART = "part"
 """A key of evaluation batches: the name of the part that they belong to, and the names of all parts."""
 ANSWER = "answer"
 """A key of evaluation batches: which answer of its sequence a token belongs to, (B, T) int64."""
+NAMES = "names"
+"""A key of evaluation batches of bytes: what each target is, (B, T) int64, see `lit_modules.data.names`."""
 
 
 class FixedBatches:

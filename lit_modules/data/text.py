@@ -1,6 +1,6 @@
 """Bytes of text, packed: by default the Python standard library's sources, which every machine has."""
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import lightning.pytorch as pl
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_modules.data.files import digest_of, find_files, read_texts, split_texts
+from lit_modules.data.names import names_in, with_names
 from lit_modules.data.stream import Batch, BatchStream, FixedBatches
 from mixers.registry import SpecError, check_range
 
@@ -63,7 +64,8 @@ class TextData(pl.LightningDataModule):
     """Next-byte prediction on text files; ids are the 256 bytes.
 
     A document, which is a file or a line of a ``.jsonl`` file, is in one split only; of fewer than 50, each is cut in
-    three. The default text differs between versions of Python: compare bits per byte on the same one.
+    three. The default text differs between versions of Python: compare bits per byte on the same one. In evaluations,
+    names that come back are marked (:mod:`lit_modules.data.names`).
 
     Args:
         paths: files and folders, or one of them; None for the standard library's sources. Plain text of any suffix, and
@@ -74,6 +76,7 @@ class TextData(pl.LightningDataModule):
         max_bytes: text to read at most.
         held_out: share of the text in each of validation and test.
         validation_tokens, test_tokens: tokens to evaluate on at most, a fixed sample.
+        name_distance: bytes after which a name counts as one that comes back.
         seed: of the order and the sample.
 
     Raises:
@@ -97,11 +100,13 @@ class TextData(pl.LightningDataModule):
         held_out: float = 0.05,
         validation_tokens: int = 32_768,
         test_tokens: int = 262_144,
+        name_distance: int = 64,
         seed: int = 0,
     ):
         super().__init__()
         sizes = {"seq_len": seq_len, "batch_tokens": batch_tokens, "validation_tokens": validation_tokens}
-        for name, size in (sizes | {"test_tokens": test_tokens, "max_bytes": max_bytes}).items():
+        sizes |= {"test_tokens": test_tokens, "max_bytes": max_bytes, "name_distance": name_distance}
+        for name, size in sizes.items():
             if size < 1:
                 raise SpecError(f"{name} {size} must be at least 1")
         check_range(0, seed=seed)
@@ -116,6 +121,7 @@ class TextData(pl.LightningDataModule):
         self.max_bytes = max_bytes
         self.held_out = held_out
         self.limits = {"validation": validation_tokens, "test": test_tokens}
+        self.name_distance = name_distance
         self.seed = seed
         self.rows: dict[str, PackedRows] = {}
         self.digest: str | None = None
@@ -144,10 +150,16 @@ class TextData(pl.LightningDataModule):
         length = max(1, rows.num_rows // world_size)
         return BatchStream(make, length=length, digest=self.digest, source=self.source)
 
+    @cached_property
+    def known_names(self) -> set[bytes]:
+        """Names in the training text. They are looked for in evaluations alone: a second for 10 MB."""
+        return names_in(self.rows["train"].bytes.tobytes())
+
     def _fixed(self, split: str) -> FixedBatches:
         rows, (rank, world_size) = self.rows[split], self._ranks()
         count = min(rows.num_rows, self.limits[split] // rows.row_tokens)
-        return FixedBatches([rows.row(0, i) for i in range(count)], rank=rank, world_size=world_size)
+        batches = [with_names(rows.row(0, i), self.known_names, distance=self.name_distance) for i in range(count)]
+        return FixedBatches(batches, rank=rank, world_size=world_size)
 
     def val_dataloader(self) -> FixedBatches:
         return self._fixed("validation")

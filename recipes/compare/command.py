@@ -192,19 +192,19 @@ def check(cells: list[dict[str, Any]], settings: dict[str, Any]) -> None:
     """Builds every contestant once, so that a mistake is one line now and not a traceback in an hour.
 
     Raises:
-        SpecError: a mistake in one of them, two of one label, or a mean over parts of data that name none.
+        SpecError: a mistake in one of them, two of one label, or a metric over what the data do not mark.
     """
     labels = [cell["label"] for cell in cells]
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise SpecError(f"contestants share a label: {', '.join(sorted(twice))}")
-    from recipes.compare.run import MEAN, build, check_parts
+    from recipes.compare.run import MARKED, build, check_marked
 
     for cell in cells:
         model, data = build(cell | settings | {"seed": 0})
-    if settings["metric"] == MEAN and getattr(data, "metric", None) != MEAN:
+    if settings["metric"] in MARKED and getattr(data, "metric", None) != settings["metric"]:
         data.prepare_data()
         data.setup("test")
-        check_parts(next(iter(data.test_dataloader())), data)
+        check_marked(settings["metric"], data)
 
 
 def _at_each_rate(

@@ -33,7 +33,7 @@ def report(rows: list[Row], settings: dict[str, Any], folder: Path, tried: int |
         raise SpecError("every run failed; see the messages above")
     best, rates = at_best_rate(rows, tried)
     by_label = _by_label(best)
-    parts = [table(by_label), unweighed(by_label), part_table(by_label), rate_table(rates)]
+    parts = [table(by_label), unweighed(by_label), part_table(by_label), name_table(by_label), rate_table(rates)]
     parts += [over_controls(best), over_references(best)]
     text = "\n\n".join(part for part in [*parts, curve_table(by_label)] if part)
     stamped = stamp()  # before the repository is dirty with these files
@@ -121,6 +121,18 @@ def part_table(by_label: dict[str, list[Row]]) -> str:
     lines = [[label, *(f"{mean(run[c] for run in runs):.3f}" for c in columns)] for label, runs in by_label.items()]
     header = ["accuracy in part", *(name.removeprefix("accuracy/") for name in columns)]
     return markdown_table(header, lines) if columns else ""
+
+
+def name_table(by_label: dict[str, list[Row]]) -> str:
+    """Bits per byte of names that come back and of the rest, mean [min, max] over seeds, where the data mark such."""
+    rows = [run for runs in by_label.values() for run in runs]
+    kinds = [what for what in ("name", "unknown_name", "rest") if all(f"{what}_bytes" in row for row in rows)]
+    lines = []
+    for label, runs in by_label.items():
+        columns = [[run[f"{what}_bits_per_byte"] for run in runs] for what in kinds]
+        lines.append([label, *(f"{mean(values):.3f} [{min(values):.3f}, {max(values):.3f}]" for values in columns)])
+    header = [f"{what.replace('_', ' ')} ({rows[0][f'{what}_bytes']:,.0f} bytes)" for what in kinds]
+    return markdown_table(["bits per byte of", *header], lines) if kinds else ""
 
 
 def rate_table(rates: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ import torch
 from kernels.dispatch import CHOSEN
 from lit_modules.base import SequenceModule, with_options
 from lit_modules.callbacks import CalibrateThresholds
-from lit_modules.data.stream import PART
+from lit_modules.data.stream import NAMES, PART, longest_document
 from mixers.registry import SpecError, unknown
 from mixers.state import kv_cache_bytes, kv_stored_bytes, state_bytes
 from mixers.threshold import set_kv_usage, thresholds_of
@@ -24,7 +24,7 @@ from recipes.task import DATA_MODULES
 
 POINTS = 50  # of a learning curve
 WEIGHED = 16  # sequences
-MEAN = "mean_accuracy"  # over parts
+MARKED = {"mean_accuracy": PART, "name_bits_per_byte": NAMES}  # metrics of what batches mark, and their keys
 
 
 class Losses(pl.Callback):
@@ -112,10 +112,15 @@ def higher_is_better(model: SequenceModule, metric: str) -> bool:
     return direction
 
 
-def check_parts(batch: dict[str, Any], data: pl.LightningDataModule) -> None:
-    """Raises SpecError for a test batch of no part: there is no mean over parts."""
-    if PART not in batch:
-        raise SpecError(f"{type(data).__name__} names no parts, so that there is no {MEAN}")
+def check_marked(metric: str, data: pl.LightningDataModule) -> None:
+    """Raises SpecError for data, set up for a test, that do not mark what a metric is over: parts, or names."""
+    if (key := MARKED.get(metric)) is None:
+        return
+    marks = [batch[key] for batch in data.test_dataloader() if key in batch]
+    if key == PART and not marks:
+        raise SpecError(f"{type(data).__name__} names no parts, so that there is no {metric}")
+    if key == NAMES and not any(mark.any() for mark in marks):
+        raise SpecError(f"{type(data).__name__} has no names that come back, so that there is no {metric}")
 
 
 def train(run: dict[str, Any]) -> dict[str, Any]:
@@ -145,8 +150,7 @@ def train(run: dict[str, Any]) -> dict[str, Any]:
     tested = _test(trainer, model, data)
     split = {name: value for name, value in model.last_usage.items() if "head" in name}
     batch = next(iter(data.test_dataloader()))
-    if run["metric"] == MEAN:
-        check_parts(batch, data)
+    check_marked(run["metric"], data)
     return run | {
         "higher_is_better": higher_is_better(model, run["metric"]),
         **tested,
@@ -185,7 +189,9 @@ def _curve(trainer: pl.Trainer, model: SequenceModule, data, usages: list[float]
 
 @torch.no_grad()
 def remembered(model: SequenceModule, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Bytes that a model holds after reading a sequence: the mean of a batch's first; of one if packed or padded.
+    """Bytes that a model holds after reading a sequence: the mean of a batch's first; of one if padded or packed.
+
+    Of packed ones it is the longest: the others are shorter than what the cache has to hold.
 
     Returns:
         Of the recurrent state, of the kept keys and values, and of the pages that hold them. Where a mixer has no
@@ -193,7 +199,7 @@ def remembered(model: SequenceModule, batch: dict[str, torch.Tensor]) -> dict[st
     """
     tokens = batch["tokens"][: 1 if "padding_mask" in batch else WEIGHED]
     if "cu_seqlens" in batch:
-        tokens = tokens[:, : int(batch["cu_seqlens"][1])]
+        tokens = tokens[:, longest_document(batch["cu_seqlens"])]
     elif "padding_mask" in batch:
         tokens = tokens[:, batch["padding_mask"][0]]
     decoder = model.decoder.eval()

@@ -154,6 +154,31 @@ def test_text_is_measured_in_bits_per_byte(make_trainer, make_model, text):
     assert logged["val/bits_per_byte"] == pytest.approx(logged["val/loss"] / math.log(2), rel=1e-5)
 
 
+def test_names_that_come_back_are_measured_apart(tmp_path, make_trainer, make_model):
+    folder = tmp_path / "code"
+    folder.mkdir()
+    for i in range(60):
+        (folder / f"{i}.py").write_text(f"word = name_{i}\nword = name_{i} + name_{i} * {i}\n" * 4)
+    options = dict(seq_len=64, batch_tokens=128, validation_tokens=512, held_out=0.2, name_distance=8)
+    model, data = make_model(vocab_size=256, mixer="gdn").eval(), TextData(paths=str(folder), **options)
+    logged = make_trainer().validate(model, data, verbose=False)[0]
+    batches = list(data.val_dataloader())
+    with torch.no_grad():
+        logits = [model(batch["tokens"], cu_seqlens=batch["cu_seqlens"]) for batch in batches]
+    targets = torch.cat([batch["targets"][0] for batch in batches])
+    chances = torch.cat(logits, 1)[0].softmax(-1)[range(len(targets)), targets]
+    kinds = torch.cat([batch["names"][0] for batch in batches])
+    for what, chosen in {"name": kinds > 0, "unknown_name": kinds == 2, "rest": kinds == 0}.items():
+        assert logged[f"val/{what}_bytes"] == chosen.sum() > 0
+        expected = -chances[chosen].log2().mean().item()
+        assert logged[f"val/{what}_bits_per_byte"] == pytest.approx(expected, rel=1e-4)
+    again = FixedBatches([*batches, {**batches[0], REPEATED: True}])
+    assert make_trainer().validate(model, again, verbose=False)[0] == logged
+    unmarked = FixedBatches([{k: v for k, v in batch.items() if k != "names"} for batch in batches])
+    plain = make_trainer().validate(model, unmarked, verbose=False)[0]
+    assert plain["val/bits_per_byte"] == logged["val/bits_per_byte"] and not any("name" in key for key in plain)
+
+
 @pytest.mark.parametrize(("task", "micro_batches"), [("mqar", 1), ("text", 1), ("text", 2)])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(
     tmp_path, make_trainer, make_model, make_mqar, text, task, micro_batches

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lit_modules.metrics import BitsPerByte, KVUsage, MeanAccuracy, Perplexity
+from lit_modules.metrics import BitsPerByte, KVUsage, MeanAccuracy, NameBits, Perplexity
 
 
 def test_bits_per_byte_and_perplexity_weigh_batches_by_their_tokens():
@@ -12,6 +12,22 @@ def test_bits_per_byte_and_perplexity_weigh_batches_by_their_tokens():
         metric.update(math.log(2), 1)
         metric.update(2 * math.log(2), 3)
         assert metric.compute().item() == pytest.approx(expected)
+
+
+def test_bits_of_names_are_pooled_by_bytes_and_absent_where_there_are_none():
+    metric = NameBits()
+    metric.update(None)
+    assert metric.compute() == {}
+    metric.update(torch.tensor([[5.0, 0.0, 0.0], [10, 0, 0]]))
+    assert metric.compute() == {}
+    metric.update(torch.tensor([[1.0, 6.0, 0.0], [2, 3, 0]]))
+    found = {name: value.item() for name, value in metric.compute().items()}
+    bits = {"name_bits_per_byte": 2 / math.log(2), "rest_bits_per_byte": 0.5 / math.log(2)}
+    assert found == pytest.approx(bits | {"name_bytes": 3, "rest_bytes": 12})
+    metric.update(torch.tensor([[0.0, 0.0, 1.0], [0, 0, 2]]))
+    found = {name: value.item() for name, value in metric.compute().items()}
+    assert found["name_bits_per_byte"] == pytest.approx(7 / 5 / math.log(2)) and found["name_bytes"] == 5
+    assert found["unknown_name_bits_per_byte"] == pytest.approx(0.5 / math.log(2)) and found["unknown_name_bytes"] == 2
 
 
 def routed(kept, lengths):

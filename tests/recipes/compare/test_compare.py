@@ -2,15 +2,18 @@
 
 import json
 import math
+import re
 
 import pytest
+import torch
+import yaml
 
 from lit_modules.data import DATA
 from mixers.registry import SpecError
 from recipes.compare import command as module
 from recipes.compare.command import compare, describe, expand
 from recipes.compare.gains import over_controls, over_references
-from recipes.compare.report import at_best_rate, part_table, table
+from recipes.compare.report import at_best_rate, name_table, part_table, table
 from recipes.compare.run import build, remembered, settings_of, train
 from recipes.task import sized
 
@@ -50,6 +53,13 @@ def test_a_run_weighs_what_the_model_remembers():
     assert [step for step, _ in result["losses"]] == [1, 2, 3]
     assert result["kv_usage"] == 1.0
     assert 0 <= result["accuracy"] <= 1
+
+
+def test_of_packed_sequences_the_longest_is_weighed():
+    run = tiny_run({"name": "attention", "num_heads": 2, "head_dim": 4})
+    batch = {"tokens": torch.zeros(1, 20).long(), "cu_seqlens": torch.tensor([0, 3, 14, 20], dtype=torch.int32)}
+    found = remembered(build(run)[0], batch)
+    assert found["tokens"] == 11 and found["kv_stored_bytes"] == 2 * 11 * 2 * (4 + 4) * 4
 
 
 def test_bytes_of_full_attention_and_of_a_small_budget_are_exact():
@@ -155,6 +165,19 @@ def test_every_part_of_a_test_set_is_shown():
     assert part_table({"a": [row("a", 0, 0.5)]}) == ""
 
 
+def test_names_that_come_back_are_shown_apart():
+    runs = [
+        row("a", s, 0.5) | {"name_bits_per_byte": v, "name_bytes": 1200.0, "rest_bits_per_byte": 2.0, "rest_bytes": 9.0}
+        for s, v in enumerate((0.5, 1.0))
+    ]
+    assert name_table({"a": runs}).splitlines() == [
+        "| bits per byte of | name (1,200 bytes)   | rest (9 bytes)       |",
+        "|------------------|----------------------|----------------------|",
+        "| a                | 0.750 [0.500, 1.000] | 2.000 [2.000, 2.000] |",
+    ]
+    assert name_table({"a": runs, "b": [row("b", 0, 0.5)]}) == ""
+
+
 def test_gains_are_paired_by_seed_and_usage():
     rows = [row("surprise", s, a, router="cosine", kv_usage=0.1) for s, a in enumerate((0.9, 0.5))]
     rows += [row("chance", s, a, router={"name": "random"}, kv_usage=0.1) for s, a in enumerate((0.6, 0.7))]
@@ -197,31 +220,52 @@ def test_the_table_shows_mean_and_range():
     assert "5,678" in table({"a": exact}) and "learning rate" not in table({"a": exact})
 
 
+def options_in(path) -> dict[str, dict]:
+    """The options of model and data in the command that a file of contestants gives for itself."""
+    given = {"model_options": {}, "data_options": {}}
+    for part, name, value in re.findall(r"--(model_options|data_options)\.(\w+) ([\w.]+)", path.read_text()):
+        given[part][name] = yaml.safe_load(value)
+    return given
+
+
 @pytest.mark.parametrize("path", sorted((module.HERE / "contestants").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_contestants_of_every_file_can_be_built(path):
     data = next((name for name in (path.stem, *path.stem.split("_")) if name in DATA), "mqar")
-    settings = settings_of(data, data_options={}, model_options={}, metric=None)
+    settings = settings_of(data, **options_in(path), metric=None)
     cells = [cell | {"mixer": sized(cell["mixer"], data)} for cell in expand(module._read(path))]
     module.check(cells, settings)
     assert len(cells) > 2 and path.read_text().startswith("# ")
 
 
-@pytest.mark.parametrize("name, data", [("rewrite", "rewrite"), ("facts", "facts"), ("mqar48_bytes", "mqar")])
+@pytest.mark.parametrize(
+    "name, data", [("rewrite", "rewrite"), ("facts", "facts"), ("mqar48_bytes", "mqar"), ("text_names", "text")]
+)
 def test_rivals_of_equal_bytes_hold_as_much_as_ham_does(name, data):
-    settings = settings_of(data, data_options={}, model_options={}, metric=None)
-    held = {}
-    for cell in expand(module._read(module.HERE / "contestants" / f"{name}.yaml")):
+    path = module.HERE / "contestants" / f"{name}.yaml"
+    settings = settings_of(data, **options_in(path), metric=None)
+    held, batch = {}, None
+    for cell in expand(module._read(path)):
+        usage = re.search(r"(?:bytes of|ham residual|ham window.sinks) 0?(\.\d+)$", cell["label"])
+        if usage is None:
+            continue
         model, module_of_data = build(cell | settings | {"mixer": sized(cell["mixer"], data), "seed": 0})
-        module_of_data.setup("test")
-        batch = next(iter(module_of_data.test_dataloader()))
-        if cell["label"] in ("ham residual 0.125", "ham window+sinks 0.125") or "bytes of" in cell["label"]:
-            weighed = remembered(model, batch)
-            held[cell["label"]] = weighed["state_bytes"] + weighed["kv_stored_bytes"]
-            if cell["label"] == "ham residual 0.125":  # whose thresholds know nothing yet: what is asked counts
-                stored = 2 * 2 * (16 + 16) * 4 * batch["tokens"].shape[1] * 0.125
-                held[cell["label"]] = weighed["state_bytes"] + stored
-    ours = held.pop("ham residual 0.125")
-    assert len(held) > 3 and all(abs(bytes_held / ours - 1) < 0.13 for bytes_held in held.values()), (ours, held)
+        if data == "text":  # a sequence of the whole length, whatever texts there are
+            batch = {"tokens": torch.randint(256, (1, settings["data_options"]["seq_len"]))}
+        elif batch is None:
+            module_of_data.setup("test")
+            batch = next(iter(module_of_data.test_dataloader()))
+        ours = "residual" in cell["label"]
+        weighed = remembered(model, {key: x[:, :2] for key, x in batch.items()} if ours else batch)
+        stored = weighed["kv_stored_bytes"]
+        if ours:  # whose thresholds know nothing yet: what is asked counts
+            memories = [block.mixer.memory for block in model.decoder.blocks]
+            widths = sum(memory.num_states * (memory.head_dim + memory.value_dim) for memory in memories)
+            stored = 4 * widths * batch["tokens"].shape[1] * float(usage[1])
+        held.setdefault(usage[1], {})[cell["label"]] = weighed["state_bytes"] + stored
+    assert sum(map(len, held.values())) > 4
+    for some in held.values():
+        ours = some.pop(next(label for label in some if label.startswith("ham residual")))
+        assert all(abs(rival / ours - 1) < 0.13 for rival in some.values()), (ours, some)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A comparison trains on whatever fit trains on, the same models on the same data."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -111,6 +112,25 @@ def test_a_mean_over_parts_of_data_without_parts_is_refused_before_training(run,
     )
     error = run(f"{line} --model_options.dim 16 --model_options.depth 1").error
     assert "Counting names no parts, so that there is no mean_accuracy" in error
+    assert not (here / "out").exists()
+
+
+def test_names_that_come_back_are_compared_on_bytes_of_text_alone(run, here):
+    (here / "code").mkdir()
+    for i in range(60):
+        (here / f"code/{i}.py").write_text(f"name = other_{i}  # {'.' * 60}\n" * 6)
+    sizes = "--model_options.dim 16 --model_options.depth 1 --data_options.seq_len 256 --data_options.batch_tokens 512"
+    line = f"compare --metric name_bits_per_byte --mixers [gdn] --steps 1 --seeds 1 --jobs 1 {sizes} --out out"
+    result = run(f"{line} --data {here}/code")
+    assert result.code == 0 and "| bits per byte of | name (" in result.out, result.err
+    row = json.loads((here / "out/results.json").read_text())["runs"][0]
+    assert {"bits_per_byte", "name_bits_per_byte", "name_bytes", "rest_bits_per_byte"} <= row.keys()
+    assert row["higher_is_better"] is False
+    shutil.rmtree(here / "out")
+    error = run(f"{line} --data {here}/code --data_options.name_distance 256").error
+    assert "TextData has no names that come back, so that there is no name_bits_per_byte" in error
+    error = run("compare --metric name_bits_per_byte --data mqar --out out").error
+    assert "unknown metric 'name_bits_per_byte' of LanguageModel" in error
     assert not (here / "out").exists()
 
 
