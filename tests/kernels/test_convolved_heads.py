@@ -30,7 +30,7 @@ def both(B, T, heads, dims, taps, bounds=None, seed=0):
     return zip(*found, strict=True)
 
 
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(
     B=st.integers(1, 2),
     T=st.sampled_from([1, 2, 3, 70]),

@@ -101,7 +101,7 @@ class TestShapes:
     def test_packed_sequences(self, delta, shape, lengths, first):
         check_packed("torch", delta, shape, lengths, first)
 
-    @settings(max_examples=6)
+    @settings(max_examples=4)
     @given(
         delta=st.booleans(),
         shape=small_shapes,
@@ -112,7 +112,7 @@ class TestShapes:
     def test_batches_in_triton(self, delta, shape, B, T, first, small_chunks, no_stale_memory):
         check_batch("triton", delta, shape, B, T, first)
 
-    @settings(max_examples=6)
+    @settings(max_examples=4)
     @given(delta=st.booleans(), shape=small_shapes, lengths=lengths_of_documents, first=st.booleans())
     def test_packed_sequences_in_triton(self, delta, shape, lengths, first, small_chunks, no_stale_memory):
         check_packed("triton", delta, shape, lengths, first)

@@ -111,7 +111,13 @@ ONE_FILE = "--trainer.strategy.save_distributed_checkpoint false"
     ("task", "flags", "happens", "message"),
     [
         ("text", "", full_disk, "step=4.ckpt cannot be written: File too large"),
-        ("text", "--strategy fsdp2", full_disk, "step=4.ckpt cannot be written: File too large"),
+        pytest.param(
+            "text",
+            "--strategy fsdp2",
+            full_disk,
+            "step=4.ckpt cannot be written: File too large",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "text",
             "--strategy fsdp2",

@@ -20,8 +20,8 @@ def saved(folder):
 @pytest.mark.parametrize(
     ("signum", "to"),
     [
-        (signal.SIGTERM, 1),
         (signal.SIGKILL, 0),
+        pytest.param(signal.SIGTERM, 1, marks=slow),
         pytest.param(signal.SIGTERM, 0, marks=slow),
         pytest.param(signal.SIGUSR1, 0, marks=slow),
         pytest.param(signal.SIGUSR1, 1, marks=slow),
@@ -57,7 +57,9 @@ def poison(rank):
     LanguageModel.training_step = poisoned
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2 --trainer.strategy.save_distributed_checkpoint false", "ddp"])
+@pytest.mark.parametrize(
+    "strategy", ["fsdp2 --trainer.strategy.save_distributed_checkpoint false", pytest.param("ddp", marks=slow)]
+)
 def test_all_skip_the_step_that_one_cannot_make(here, tiny, strategy):
     line = f"fit {tiny} --model.depth 1 --steps 4 --on_nonfinite skip --trainer.log_every_n_steps 1"
     codes, said = run(f"{line} --strategy {strategy}", here, processes=2, change=poison)

@@ -40,8 +40,8 @@ def assert_same(found, expected):
 @pytest.mark.parametrize(
     ("strategy", "steps", "budget"),
     [
-        ("ddp", 3, ""),
         ("fsdp2", 3, ""),
+        pytest.param("ddp", 3, "", marks=pytest.mark.slow),
         pytest.param("ddp", 20, "", marks=pytest.mark.slow),
         pytest.param("fsdp2", 20, "", marks=pytest.mark.slow),
         pytest.param("ddp", 3, ALLOCATED, marks=pytest.mark.slow),
