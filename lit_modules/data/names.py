@@ -3,9 +3,9 @@
 Loss on all bytes hides recall: most of them follow from the last few, or from what the weights know of the language. A
 name (of a variable, function, class, ...) that stood before, some way back, can be copied by a model that still has it.
 Marked are its bytes after the first. Which name comes, and so its first byte, is for the program to say, and to be
-foreseen; how it goes on has been read. Of these, names that the training text has nowhere are marked apart: no weights
-know how they go on, where they may know `self` and `append`. (Induction heads are told from other attention by such
-loss on what stood before: arXiv 2209.11895; the same by bigrams that come back: Zoology, arXiv 2312.04927.)
+foreseen; how it goes on has been read. Names that the training text has nowhere are marked apart: no weights know how
+they go on, while they may know `self` and `append`. (So Zoology, arXiv 2312.04927, tells recall in text from the rest:
+by bigrams that come back and are rare in training.)
 
 Which bytes are marked follows from the text alone, so it is the same for all models; but a model that copies where
 another name comes pays for it in the rest. Look at both.

@@ -116,11 +116,9 @@ def check_marked(metric: str, data: pl.LightningDataModule) -> None:
     """Raises SpecError for data, set up for a test, that do not mark what a metric is over: parts, or names."""
     if (key := MARKED.get(metric)) is None:
         return
-    marks = [batch[key] for batch in data.test_dataloader() if key in batch]
-    if key == PART and not marks:
-        raise SpecError(f"{type(data).__name__} names no parts, so that there is no {metric}")
-    if key == NAMES and not any(mark.any() for mark in marks):
-        raise SpecError(f"{type(data).__name__} has no names that come back, so that there is no {metric}")
+    lacks = {PART: "names no parts", NAMES: "marks no names that come back"}[key]
+    if not any(key in batch and (key != NAMES or batch[key].any()) for batch in data.test_dataloader()):
+        raise SpecError(f"{type(data).__name__} {lacks}, so that there is no {metric}")
 
 
 def train(run: dict[str, Any]) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def test_names_that_come_back_are_compared_on_bytes_of_text_alone(run, here):
     assert row["higher_is_better"] is False
     shutil.rmtree(here / "out")
     error = run(f"{line} --data {here}/code --data_options.name_distance 256").error
-    assert "TextData has no names that come back, so that there is no name_bits_per_byte" in error
+    assert "TextData marks no names that come back, so that there is no name_bits_per_byte" in error
     error = run("compare --metric name_bits_per_byte --data mqar --out out").error
     assert "unknown metric 'name_bits_per_byte' of LanguageModel" in error
     assert not (here / "out").exists()
