@@ -127,18 +127,20 @@ class LanguageModel(SequenceModule):
         counted = 0 if batch.get(REPEATED) else 1
         targets = batch["targets"] if counted else torch.full_like(batch["targets"], IGNORED)
         counts = {"value": loss, "weight": (targets != IGNORED).sum(), "preds": answers, "target": targets}
-        by_kind = self._by_kind(out.hidden, targets, batch[NAMES]) if NAMES in batch else None
+        total = torch.stack([loss * counts["weight"], counts["weight"]])
+        by_kind = self._by_kind(out.hidden, targets, batch[NAMES], total) if NAMES in batch else None
         self.metrics.update(**counts, part=batch.get(PART), answer=batch.get(ANSWER), by_kind=by_kind)
         self.usage.update(out.routing, counted)
 
-    def _by_kind(self, hidden: Tensor, targets: Tensor, names: Tensor) -> Tensor:
-        """As :class:`NameBits` takes it; the logits are computed anew, so that training pays nothing."""
-        found = []
-        for kind in (REST, KNOWN, UNKNOWN):
+    def _by_kind(self, hidden: Tensor, targets: Tensor, names: Tensor, total: Tensor) -> Tensor:
+        """As :class:`NameBits` takes it, (2, 3), of a total (2,); logits are computed anew: training pays nothing."""
+        found = {}
+        for kind in (KNOWN, UNKNOWN):
             chosen = targets.masked_fill(names != kind, IGNORED)
             count = (chosen != IGNORED).sum()
-            found.append(torch.stack([self.token_loss(hidden, chosen)[0] * count, count]))
-        return torch.stack(found, 1)
+            found[kind] = torch.stack([self.token_loss(hidden, chosen)[0] * count, count])
+        found[REST] = total - sum(found.values())
+        return torch.stack([found[kind] for kind in (REST, KNOWN, UNKNOWN)], 1)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The likeliest next token at each position, (B, T) int64."""
