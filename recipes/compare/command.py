@@ -157,7 +157,8 @@ def expand(contestants: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """One {label, mixer, options} per combination of the listed options.
 
     Args:
-        contestants: mappings of GRID's keys and `label`; a list stands for all of its values in turn.
+        contestants: mappings of GRID's keys and `label`; a list stands for all of its values in turn, which a label is
+            told apart by.
 
     Raises:
         SpecError: another key.
@@ -172,20 +173,21 @@ def expand(contestants: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         choices = [value if isinstance(value, list) else [value] for value in given.values()]
         for values in product(*choices):
             options = dict(zip(given, values, strict=True))
-            yield {"label": label or describe(mixer, options), "mixer": mixer, "options": options}
+            apart = [value for value, choice in zip(values, choices, strict=True) if len(choice) > 1]
+            name = " ".join([label, *map(_short, apart)]) if label else describe(mixer, options)
+            yield {"label": name, "mixer": mixer, "options": options}
 
 
 def describe(mixer: Any, options: dict[str, Any]) -> str:
     """A short name: `ham residual(space=value) 0.125`; a mixer's own options are not in it."""
+    return " ".join([",".join(spec["name"] for spec in parse_pattern(mixer)), *map(_short, options.values())])
 
-    def short(spec: Any) -> str:
-        if not isinstance(spec, dict):
-            return str(spec)
-        inner = ",".join(f"{key}={value}" for key, value in spec.items() if key != "name")
-        return f"{spec['name']}({inner})" if inner else spec["name"]
 
-    names = ",".join(spec["name"] for spec in parse_pattern(mixer))
-    return " ".join([names, *(short(value) for value in options.values())])
+def _short(spec: Any) -> str:
+    if not isinstance(spec, dict):
+        return str(spec)
+    inner = ",".join(f"{key}={value}" for key, value in spec.items() if key != "name")
+    return f"{spec['name']}({inner})" if inner else spec["name"]
 
 
 def check(cells: list[dict[str, Any]], settings: dict[str, Any]) -> None:

@@ -45,6 +45,12 @@ def test_lists_of_options_stand_for_all_combinations():
     assert cells[3]["options"] == {"router": "random", "kv_usage": 0.25}
 
 
+def test_what_shares_a_label_is_told_apart_by_what_was_listed():
+    cells = expand([{"label": "mine", "mixer": "ham", "router": "cosine", "kv_usage": [0.5, 0.25]}])
+    assert [cell["label"] for cell in cells] == ["mine 0.5", "mine 0.25"]
+    assert [cell["label"] for cell in expand([{"label": "mine", "mixer": "ham", "kv_usage": 0.5}])] == ["mine"]
+
+
 def test_a_run_weighs_what_the_model_remembers():
     result = train(tiny_run({"name": "ham", "num_heads": 2, "head_dim": 4}, router="all", kv_usage=1.0))
     assert result["tokens"] == 16
