@@ -46,7 +46,7 @@ def compare(
     """Trains contestants head to head; prints and saves one table, the plots and the raw figures.
 
     A run that is already in the output folder, with the same settings, is not trained again: an interrupted comparison
-    goes on, and a longer one adds to a shorter.
+    goes on, within a run where it was saved last, every five minutes; and a longer one adds to a shorter.
 
     Args:
         contestants: YAML file, or list of {mixer, router, kv_usage, scope, combine, budget, label}; lists of them, but
@@ -125,14 +125,17 @@ def compare(
 
 def _trained(wanted: list[dict[str, Any]], folder: Path, jobs: int) -> list[dict[str, Any]]:
     """The rows of these runs; those that the folder does not have yet are trained, and kept there as they end."""
-    log = folder / "runs.jsonl"
+    log, unfinished = folder / "runs.jsonl", folder / "unfinished"
     done = _finished(log)
     keys = [_key(run) for run in wanted]
     missing = [run | {"key": key} for run, key in zip(wanted, keys, strict=True) if key not in done]
-    for row in train_all(missing, jobs or os.cpu_count() or 1):
+    for row in train_all(missing, jobs or os.cpu_count() or 1, unfinished):
         done[row["key"]] = row
         with log.open("a") as file:
             file.write(json.dumps(row) + "\n")
+        (unfinished / f"{row['key']}.ckpt").unlink(missing_ok=True)
+    if unfinished.exists() and not any(unfinished.iterdir()):
+        unfinished.rmdir()
     return [done[key] | {"label": run["label"]} for key, run in zip(keys, wanted, strict=True) if key in done]
 
 

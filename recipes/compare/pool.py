@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 from recipes import plugins
@@ -14,12 +15,13 @@ Run = dict[str, Any]
 _steps: Any = None  # of all runs together, in a worker
 
 
-def train_all(runs: list[Run], jobs: int) -> Iterator[Run]:
+def train_all(runs: list[Run], jobs: int, unfinished: Path) -> Iterator[Run]:
     """Trains `jobs` runs at a time, in processes of their own; whoever stops asking for rows ends these.
 
     Args:
         runs: settings of each.
         jobs: how many side by side, one thread each.
+        unfinished: folder of runs that are under way, which go on where they were when they were last saved.
 
     Yields:
         Rows as they come. A run that fails is reported in one line and left out; the others go on.
@@ -38,7 +40,7 @@ def train_all(runs: list[Run], jobs: int) -> Iterator[Run]:
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=begin)
     with tqdm(total=sum(run["steps"] for run in runs), unit="step") as bar:
         try:
-            futures = {pool.submit(train, run): run for run in runs}
+            futures = {pool.submit(train, run, unfinished): run for run in runs}
             waiting = set(futures)
             bar.set_postfix_str(f"0 of {len(runs)} runs")
             while waiting:
@@ -59,11 +61,11 @@ def train_all(runs: list[Run], jobs: int) -> Iterator[Run]:
             pool.shutdown(cancel_futures=True)
 
 
-def count_step() -> None:
-    """Tells the bar of a step of training."""
+def count_steps(steps: int) -> None:
+    """Tells the bar of steps of training."""
     if _steps is not None:
         with _steps.get_lock():
-            _steps.value += 1
+            _steps.value += steps
 
 
 def _begin(leash: Any, steps: Any, named: list[str]) -> None:

@@ -4,19 +4,23 @@ import importlib
 import logging
 import time
 import warnings
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from kernels.dispatch import CHOSEN
 from lit_modules.base import SequenceModule, with_options
-from lit_modules.callbacks import CalibrateThresholds
+from lit_modules.callbacks import CalibrateThresholds, RNGState
 from lit_modules.data.stream import NAMES, PART, longest_document
 from mixers.registry import SpecError, unknown
 from mixers.state import kv_cache_bytes, kv_stored_bytes, state_bytes
 from mixers.threshold import set_kv_usage, thresholds_of
-from recipes.compare.pool import count_step
+from recipes.callbacks import WholeFiles
+from recipes.compare.pool import count_steps
 from recipes.flags import Flags, is_path
 from recipes.limits import check_usages
 from recipes.results import commit
@@ -24,11 +28,12 @@ from recipes.task import DATA_MODULES
 
 POINTS = 50  # of a learning curve
 WEIGHED = 16  # sequences
+SAVED_EVERY = timedelta(minutes=5)  # what a comparison that is ended loses of a run, at most
 MARKED = {"mean_accuracy": PART, "name_bits_per_byte": NAMES}  # metrics of what batches mark, and their keys
 
 
 class Losses(pl.Callback):
-    """Keeps (step, mean training loss since the last point), POINTS of them at most; counts steps for the bar.
+    """Keeps (step, mean training loss since the last point), POINTS of them at most; counts seconds, and steps.
 
     Args:
         steps: of the run.
@@ -38,13 +43,50 @@ class Losses(pl.Callback):
         self.every = -(-steps // POINTS)
         self.points: list[tuple[int, float]] = []
         self.recent: list[torch.Tensor] = []
+        self.seconds = 0.0
+        self.since = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        self._count_seconds()
+        return {"points": self.points, "recent": [loss.item() for loss in self.recent], "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.points, self.seconds = [tuple(point) for point in state["points"]], state["seconds"]
+        self.recent = [torch.tensor(loss) for loss in state["recent"]]
+
+    def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        count_steps(trainer.global_step)  # of before, where a run goes on
+        self.since = time.perf_counter()
+
+    def on_train_end(self, *args: Any) -> None:
+        self._count_seconds()
+
+    def _count_seconds(self) -> None:
+        before, self.since = self.since, time.perf_counter()
+        self.seconds += self.since - before
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        count_step()
+        count_steps(1)
         self.recent.append(trainer.callback_metrics["train/loss"])
         if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
             self.points.append((trainer.global_step, torch.stack(self.recent).mean().item()))
             self.recent = []
+
+
+class Unfinished(ModelCheckpoint):
+    """Saves a run every few minutes, where its data can go on from the middle: loaders that have a `state_dict`.
+
+    Args:
+        path: of the one file.
+    """
+
+    def __init__(self, path: Path):
+        options = dict(train_time_interval=SAVED_EVERY, enable_version_counter=False)
+        super().__init__(dirpath=path.parent, filename=path.stem, **options)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if hasattr(trainer.train_dataloader, "state_dict") and trainer.global_step < trainer.max_steps:
+            super().on_train_batch_end(trainer, *args)
 
 
 OF_MODEL = ("budget", "learning_rate", "mlp_ratio")  # options of a contestant that are the model's, not its mixers'
@@ -121,29 +163,36 @@ def check_marked(metric: str, data: pl.LightningDataModule) -> None:
         raise SpecError(f"{type(data).__name__} {lacks}, so that there is no {metric}")
 
 
-def train(run: dict[str, Any]) -> dict[str, Any]:
-    """Trains and tests; the run with its results, as plain data."""
+def train(run: dict[str, Any], unfinished: Path) -> dict[str, Any]:
+    """Trains and tests.
+
+    Args:
+        run: its settings.
+        unfinished: folder where a run is saved every few minutes, and from where it goes on if it was saved there.
+
+    Returns:
+        The run with its results, as plain data.
+    """
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     for noisy in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     model, data = build(run)
+    saved = unfinished / f"{run['key']}.ckpt"
     trainer = pl.Trainer(
         max_steps=run["steps"],
         max_epochs=-1,
         accelerator="auto",
         devices=1,
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,
-        callbacks=[losses := Losses(run["steps"]), CalibrateThresholds()],
+        callbacks=[losses := Losses(run["steps"]), CalibrateThresholds(), RNGState(), Unfinished(saved)],
+        plugins=[WholeFiles()],
         gradient_clip_val=1.0,
     )
-    start = time.perf_counter()
-    trainer.fit(model, data)
-    seconds = time.perf_counter() - start
+    trainer.fit(model, data, ckpt_path=saved if saved.exists() else None)
     validated = _validate(trainer, model, data) if "learning_rate" in run["options"] else {}
     tested = _test(trainer, model, data)
     split = {name: value for name, value in model.last_usage.items() if "head" in name}
@@ -156,7 +205,7 @@ def train(run: dict[str, Any]) -> dict[str, Any]:
         **validated,
         "losses": losses.points,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": round(seconds, 1),
+        "seconds": round(losses.seconds, 1),
         **remembered(model, batch),
         "backends": dict(CHOSEN),
         "commit": commit(),

@@ -12,13 +12,13 @@ from recipes.compare.pool import train_all
 
 FAKE = """
 import time
-from recipes.compare.pool import count_step
+from recipes.compare.pool import count_steps
 
-def train(run):
+def train(run, unfinished):
     if run["seed"] == 1:
         raise ValueError("two\\nlines")
     for _ in range(run["steps"]):
-        count_step()
+        count_steps(1)
     if run["seed"] == 2:
         print("begun", flush=True)
         time.sleep(600)
@@ -41,7 +41,7 @@ def fake(tmp_path, monkeypatch):
 
 def test_a_run_that_fails_is_one_line_and_the_bar_counts_steps(fake, capfd):
     runs = [{"label": "gdn", "seed": seed, "steps": 3} for seed in (0, 1)]
-    rows = list(train_all(runs, jobs=1))
+    rows = list(train_all(runs, jobs=1, unfinished=fake))
     assert [row["seed"] for row in rows] == [0]
     err = capfd.readouterr().err.replace("\r", "\n")
     assert "0/6" in err and "0 of 2 runs" in err and "3/6" in err and "gdn: accuracy 0.500" in err
@@ -53,7 +53,7 @@ def test_workers_end_when_their_parent_is_ended(fake, number):
     code = (
         "import sys, fake_training; sys.modules['recipes.compare.run'] = fake_training\n"
         "from recipes.compare.pool import train_all\n"
-        "if __name__ == '__main__': list(train_all([{'label': 'gdn', 'seed': 2, 'steps': 1}], 1))"
+        "if __name__ == '__main__': list(train_all([{'label': 'gdn', 'seed': 2, 'steps': 1}], 1, '.'))"
     )
     paths = os.pathsep.join([str(fake), str(Path(__file__).parents[3])])
     pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": paths})
