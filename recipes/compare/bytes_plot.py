@@ -79,8 +79,13 @@ def named(lines: list[Line], higher: bool) -> list[Line]:
 
 
 def bytes_axis(axes: Any, what: str, tokens: int) -> None:
-    """Logarithmic, with ticks at powers of two in the units that memory has."""
+    """Logarithmic, with ticks at powers of two in the units that memory has; at quarters between if these are few."""
+    from matplotlib.ticker import LogLocator
+
     axes.set_xscale("log", base=2)
+    least, most = axes.get_xlim()
+    if most < 4 * least:
+        axes.xaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.25, 1.5, 1.75)))
     axes.xaxis.set_major_formatter(lambda x, _: said_bytes(x))
     axes.set_xlabel(f"bytes of state and cache, {what}after {tokens:,} tokens")
 
