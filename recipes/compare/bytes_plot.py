@@ -1,5 +1,6 @@
 """The metric against the bytes that a model holds after a sequence: state and cache together (Zoology's plot)."""
 
+import math
 from collections import defaultdict
 from itertools import cycle
 from pathlib import Path
@@ -84,6 +85,9 @@ def bytes_axis(axes: Any, what: str, tokens: int) -> None:
 
     axes.set_xscale("log", base=2)
     least, most = axes.get_xlim()
+    if most < 2 * least:  # bytes that are all but equal are not to look far apart
+        middle = math.sqrt(least * most)
+        axes.set_xlim(middle / math.sqrt(2), middle * math.sqrt(2))
     if most < 4 * least:
         axes.xaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.25, 1.5, 1.75)))
     axes.xaxis.set_major_formatter(lambda x, _: said_bytes(x))
