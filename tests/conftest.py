@@ -5,6 +5,7 @@ Without a GPU, Triton kernels run in Triton's interpreter; it has to be switched
 
 import os
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -15,3 +16,13 @@ common = {"deadline": None, "database": None, "suppress_health_check": [HealthCh
 settings.register_profile("ci", derandomize=True, max_examples=15, **common)
 settings.register_profile("explore", max_examples=150, **common)
 settings.load_profile("ci")
+
+# The workers of `pytest -n` share the cores, and threads that wait for those of another worker make some small
+# operations a hundred times slower.
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)  # `bench` and `compare` change it

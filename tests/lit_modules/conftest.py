@@ -7,8 +7,7 @@ from lit_modules.language_model import LanguageModel
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_seed():
-    torch.set_num_threads(1)
+def seed():
     torch.manual_seed(0)
 
 

@@ -3,6 +3,5 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_seed():
-    torch.set_num_threads(1)
+def seed():
     torch.manual_seed(0)

@@ -11,8 +11,8 @@ from mixers import build_mixer
 @pytest.mark.parametrize(
     ("router", "training", "more"),
     [
-        ("residual", False, {}),
-        ("cosine", True, {}),
+        pytest.param("residual", False, {}, marks=pytest.mark.slow),
+        pytest.param("cosine", True, {}, marks=pytest.mark.slow),
         ("learned", True, {}),
         ("residual", True, {"window": 3, "sinks": 2, "num_kv_heads": 1, "bias": True}),
     ],

@@ -25,6 +25,9 @@ def train(run, unfinished):
     return run | {"metric": "accuracy", "accuracy": 0.5}
 """
 
+# A job in the background is started with Ctrl-C ignored, and so is whatever it starts.
+HEARD = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
@@ -57,8 +60,10 @@ def test_workers_end_when_their_parent_is_ended(fake, number):
     )
     paths = os.pathsep.join([str(fake), str(Path(__file__).parents[3])])
     pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": paths})
-    with subprocess.Popen([sys.executable, "-c", code], **pipe) as parent:
+    with subprocess.Popen([sys.executable, "-c", HEARD + code], **pipe) as parent:
         assert parent.stdout.readline() == b"begun\n"
         parent.send_signal(number)
-        # the worker holds the same pipe, which ends only when it does
-        assert parent.communicate(timeout=60)[0] == b""
+        try:  # the worker holds the same pipe, which ends only when it does
+            assert parent.communicate(timeout=60)[0] == b""
+        finally:
+            parent.kill()
