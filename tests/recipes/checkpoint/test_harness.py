@@ -1,8 +1,5 @@
 """EleutherAI's harness on a checkpoint, with a task that local files define."""
 
-import json
-import sys
-
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -12,18 +9,6 @@ from lit_modules.generation import generate
 from lit_modules.language_model import LanguageModel
 from mixers import SpecError, set_kv_usage
 from recipes.checkpoint.harness import LightningMixersLM
-
-TASK = """
-task: brackets
-dataset_path: json
-dataset_kwargs: {data_files: {test: FILE}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: answer
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-"""
 
 
 def request(kind, *arguments):
@@ -62,15 +47,9 @@ def test_it_writes_as_the_model_does(checkpoint):
     assert written == [bytes(tokens.tolist()).decode(errors="replace").replace("\0", "") for tokens in alone]
 
 
-def test_the_command_line(run, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["recipes"])
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    rows = [{"question": "f", "choices": ["()", "[)"], "answer": i % 2} for i in range(4)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "task.yaml").write_text(TASK.replace("FILE", str(tmp_path / "rows.jsonl")))
+def test_the_command_line(run, checkpoint, brackets):
     result = run(
-        f"lm_eval --model_args pretrained={checkpoint},kv_usage=0.1 --tasks brackets --include_path {tmp_path}"
+        f"lm_eval --model_args pretrained={checkpoint},kv_usage=0.1 --tasks brackets --include_path {brackets}"
         " --device cpu"
     )
     assert result.code == 0

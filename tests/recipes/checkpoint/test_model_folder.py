@@ -15,7 +15,7 @@ from mixers.retrofit import attach
 from recipes.checkpoint.harness import LightningMixersLM
 from recipes.checkpoint.model_folder import open_folder
 from recipes.retrofit.scoring import perplexity
-from tests.recipes.checkpoint.test_harness import TASK, request
+from tests.recipes.checkpoint.test_harness import request
 
 LLAMA = dict(vocab_size=256, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 LLAMA |= dict(intermediate_size=24, max_position_embeddings=512, bos_token_id=0, eos_token_id=0, pad_token_id=0)
@@ -100,7 +100,7 @@ def test_sweep(run, folder, texts, tmp_path):
 
 
 @torch.no_grad()
-def test_lm_eval(run, folder, tmp_path, monkeypatch):
+def test_lm_eval(run, folder, brackets):
     theirs = LightningMixersLM(str(folder), kv_usage=0.25, device="cpu")
     assert {threshold.kv_usage for threshold in map(lambda m: m.threshold, _parts(theirs.model))} == {0.25}
     [(value, _)] = theirs.loglikelihood([request("loglikelihood", "import", " os")])
@@ -108,13 +108,7 @@ def test_lm_eval(run, folder, tmp_path, monkeypatch):
     ids = torch.tensor([list(b"import os")])
     log_p = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[5:].sum()
     assert value == pytest.approx(float(log_p), rel=1e-4)
-    monkeypatch.setattr(sys, "argv", ["recipes"])
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    rows = [{"question": "f", "choices": ["()", "[)"], "answer": i % 2} for i in range(4)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "task.yaml").write_text(TASK.replace("FILE", str(tmp_path / "rows.jsonl")))
-    result = run(f"lm_eval --ckpt_path {folder} --tasks brackets --include_path {tmp_path} --device cpu")
+    result = run(f"lm_eval --ckpt_path {folder} --tasks brackets --include_path {brackets} --device cpu")
     assert result.code == 0 and "brackets" in result.out and "0.5" in result.out
 
 
