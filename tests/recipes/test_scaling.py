@@ -1,28 +1,24 @@
 """More processes change how a model is trained, not what it learns."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.recipes import processes
 
 ROOT = Path(__file__).parents[2]
 DATA = f"--plugin {Path(__file__).with_name('total_batch.py')} --data total_batch.TotalBatch --mixer ham --kv_usage 0.5"
 RUN = "--trainer.enable_progress_bar false --logger csv"
 ALLOCATED = '--budget {"name":"any","zero":0,"one":1}'  # draws no random numbers: those of one process are others
 RECORD = "--trainer.callbacks+=total_batch.Record --trainer.callbacks.name"
-PROCESSES = "--trainer.accelerator cpu --devices"
 
 
-def elsewhere(line):
-    """The command in processes of its own, which `--devices` are."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", "recipes", *line.split()]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def elsewhere(line, count=1):
+    """The command in processes of its own."""
+    codes, said = processes.run(line, Path.cwd(), processes=count, within=1800)
+    assert codes == [0] * count, said
+    return "".join(said)
 
 
 def records(name, processes=1):
@@ -53,7 +49,7 @@ def test_two_processes_do_as_one(strategy, steps, budget, run, here):
     precision = {"ddp": "64-true", "fsdp2": "32-true"}[strategy]  # Lightning's FSDP2 has no float64
     fit = f"fit {DATA} {RUN} --precision {precision} --steps {steps} {budget}"
     assert run(f"{fit} {RECORD}=one").code == 0
-    out = elsewhere(f"{fit} {RECORD}=two {PROCESSES} 2 --strategy {strategy}")
+    out = elsewhere(f"{fit} {RECORD}=two --strategy {strategy}", 2)
     assert out.count(f"validation after {steps} steps") == 1
     (one,), two = records("one"), records("two", 2)
     assert one["allocated"] == bool(budget) and len(one["losses"]) == steps
@@ -67,7 +63,8 @@ def test_two_processes_do_as_one(strategy, steps, budget, run, here):
     for name, path in (("first", first), ("second", second)):
         result = run(f"fit {more} --trainer.callbacks.name={name} --strategy auto --devices 1 --ckpt_path {path}")
         assert result.code == 0, result.err
-    elsewhere(f"fit {more} --trainer.callbacks.name=third {PROCESSES} 1 --strategy {strategy} --ckpt_path {first}")
+    alone = f"--trainer.accelerator cpu --devices 1 --strategy {strategy} --ckpt_path {first}"
+    elsewhere(f"fit {more} --trainer.callbacks.name=third {alone}")
     (expected,) = records("first")
     assert len(expected["losses"]) == 2
     for name in ("second", "third"):
@@ -80,7 +77,7 @@ def test_two_processes_accumulate_what_one_sees_at_once(strategy, run, here):
     precision = {"ddp": "64-true", "fsdp2": "32-true"}[strategy]
     fit = f"fit {DATA} {RUN} --precision {precision} --steps 6"
     assert run(f"{fit} {RECORD}=one").code == 0
-    elsewhere(f"{fit} {RECORD}=two {PROCESSES} 2 --strategy {strategy} --accumulate 2 --data.parts 2")
+    elsewhere(f"{fit} {RECORD}=two --strategy {strategy} --accumulate 2 --data.parts 2", 2)
     (one,), two = records("one"), records("two", 2)
     assert one["learned"][0].any()
     for found in two:
