@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.ideas.aged import Aged
 from benchmarks.ideas.rotated import Rotated
 from benchmarks.ideas.unanswered import Unanswered
 from benchmarks.ideas.unwritten import Unwritten
@@ -21,6 +22,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks/ideas"
 SIZES = dict(num_heads=2, head_dim=8)
 ROUTERS = ["correction.Correction", "layer_offset.LayerOffset"]
 MIXERS = {
+    "aged.Aged": [{}, {"num_heads": 4, "num_kv_heads": 2, "sinks": 1, "window": 3}],
     "rotated.Rotated": [{}, {"rope_base": 1e6, "window": 3, "max_tokens": 4}],
     "unanswered.Unanswered": [{}, {"num_heads": 4, "num_kv_heads": 2, "sinks": 1, "scope": "head"}],
     "unwritten.Unwritten": [{}, {"num_heads": 4, "num_kv_heads": 2, "sinks": 1, "window": 3}],
@@ -55,12 +57,12 @@ def built(kind, kv_usage=0.25, **options):
 def alike(mixer):
     """HAM itself with the same weights."""
     ham = HAM(32, **SIZES).double().eval()
-    ham.load_state_dict(mixer.state_dict())
+    ham.load_state_dict({name: weight for name, weight in mixer.state_dict().items() if name != "forgetting"})
     ham.threshold.kv_usage = mixer.threshold.kv_usage
     return ham
 
 
-@pytest.mark.parametrize("kind", [Rotated, Unanswered, Unwritten])
+@pytest.mark.parametrize("kind", [Aged, Rotated, Unanswered, Unwritten])
 def test_with_nothing_stored_all_are_ham(kind):
     mixer, x = built(kind, kv_usage=0.0)
     torch.testing.assert_close(mixer(x).hidden, alike(mixer)(x).hidden)
@@ -69,6 +71,17 @@ def test_with_nothing_stored_all_are_ham(kind):
 def test_rotated_attention_knows_the_order_of_what_is_stored():
     mixer, x = built(Rotated, kv_usage=1.0)
     assert (mixer(x).hidden - alike(mixer)(x).hidden).abs().max() > 1e-3
+
+
+def test_an_aged_cache_counts_the_same_as_hams_but_for_what_it_forgets():
+    faithful, x = built(Aged, kv_usage=1.0, start=1e-9)
+    golden = alike(faithful)(x).hidden
+    torch.testing.assert_close(faithful(x).hidden, golden, rtol=0, atol=1e-5)
+    forgetful, _ = built(Aged, kv_usage=1.0, start=1e8)
+    layout = Layout.of(None, x)
+    m = forgetful._remember(x, None, layout)
+    a, _ = forgetful._attend(m.q, m.k, m.v, torch.ones_like(m.beta, dtype=torch.bool), m.beta, 0, None, layout)
+    torch.testing.assert_close(a, m.v)  # each token reads itself: all that was before is forgotten
 
 
 def test_what_is_stored_is_not_written():
@@ -104,6 +117,9 @@ def test_what_the_cache_answers_scores_nothing():
         (Unwritten, {"rule": "linear_attention"}, "a delta rule"),
         (Unwritten, {"max_tokens": 3}, "max_tokens must be 0"),
         (Rotated, {"head_dim": 7}, "must be even"),
+        (Aged, {"router": "cosine"}, "its router is 'residual' or 'random'"),
+        (Aged, {"max_tokens": 3}, "max_tokens must be 0"),
+        (Aged, {"start": 0.0}, "must be above 0"),
     ],
 )
 def test_what_an_idea_cannot_do_is_refused(kind, options, says):
