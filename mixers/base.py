@@ -22,7 +22,7 @@ class Routing:
         scores: (B, T, H) float32.
         stored: (B, T, H) bool.
         tau: (H,) float32, the threshold.
-        g: (B, T, H) float32, log-decay of the memory, <= 0.
+        g: (B, T, H) float32, or float64 in a float64 model, log-decay of the memory, <= 0.
         lengths: (N,) int64, tokens of every sequence.
         window: the last so many tokens are kept, stored or not.
         limit: of the stored tokens of a head that the window has left behind at most so many are kept; 0 keeps all.

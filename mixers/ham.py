@@ -178,7 +178,7 @@ class HAM(GatedDeltaNet):
 
         limit = self.max_tokens and self.max_tokens + self.sinks
         behind = stored_behind(stored, layout, window) if window or limit else None
-        routing = Routing(scores, stored, tau, m.g.float(), layout.lengths, window, limit, behind)
+        routing = Routing(scores, stored, tau, m.g, layout.lengths, window, limit, behind)
         if state is not None:
             state = HAMState(state.length + layout.lengths, m.recurrent, m.conv, cache, remembered)
         return MixerOutput(hidden, state, routing, aux_loss)
