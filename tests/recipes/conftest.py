@@ -64,6 +64,18 @@ def every_run_ends_cheaply():
         yield
 
 
+@pytest.fixture(autouse=True)
+def workers_of_a_comparison_are_forked(monkeypatch):
+    """From a process that has imported everything, see `tests.recipes.processes`."""
+
+    def context(method):
+        from tests.recipes.processes import FORKS
+
+        return FORKS
+
+    monkeypatch.setattr("recipes.compare.pool.get_context", context)
+
+
 @pytest.fixture
 def run(capsys):
     """run("fit --mixer ham") -> Result. Words are split at spaces."""

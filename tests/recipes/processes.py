@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 import lit_modules.data.text
 import lit_modules.data.tokens  # noqa: F401
 import recipes.cli  # noqa: F401
+import recipes.compare.run  # noqa: F401
 from lit_modules.callbacks import CalibrateThresholds
 from lit_modules.run_stats import RunStats
 from recipes.__main__ import main

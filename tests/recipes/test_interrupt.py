@@ -9,6 +9,8 @@ import lit_modules.callbacks
 from lit_modules.callbacks import RNGState
 from mixers.allocation import allocatable_mixers
 
+slow = pytest.mark.slow
+
 
 def interrupt(*_, **__):
     raise KeyboardInterrupt
@@ -41,13 +43,13 @@ def stop(monkeypatch, hook, step, how):
     ("hook", "step", "how", "saved"),
     [
         ("on_train_batch_start", 5, interrupt, 4),
-        ("on_after_backward", 5, interrupt, 4),
+        pytest.param("on_after_backward", 5, interrupt, 4, marks=slow),
         ("on_train_batch_end", 5, interrupt, 4),
-        ("on_validation_batch_end", 4, interrupt, 4),
+        pytest.param("on_validation_batch_end", 4, interrupt, 4, marks=slow),
         ("on_validation_batch_start", 6, interrupt, 6),  # the last one
-        ("on_train_batch_start", 2, press, 3),
+        pytest.param("on_train_batch_start", 2, press, 3, marks=slow),
         ("on_before_zero_grad", 4, press, 5),
-        ("on_validation_batch_start", 6, press, 6),
+        pytest.param("on_validation_batch_start", 6, press, 6, marks=slow),
     ],
 )
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(

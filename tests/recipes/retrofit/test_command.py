@@ -65,7 +65,15 @@ class Killed(BaseException):
     """As a signal: nothing catches it."""
 
 
-@pytest.mark.parametrize(("reads", "every"), [(3, 0), (10, 1000), (19, 0), (27, 1000), (34, 0), (34, 1000)])
+@pytest.mark.parametrize(
+    ("reads", "every"),
+    [
+        (3, 0),
+        (19, 0),
+        (27, 1000),
+        *(pytest.param(*at, marks=pytest.mark.slow) for at in ((10, 1000), (34, 0), (34, 1000))),
+    ],
+)
 def test_a_killed_retrofit_goes_on_where_it_was(host, tmp_path, monkeypatch, reads, every):
     """Killed in each of its phases, right after progress was kept or long after: 8 reads of the first, 8 of ..."""
     monkeypatch.setattr(run, "SAVE_EVERY", every)
