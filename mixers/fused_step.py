@@ -48,7 +48,7 @@ def routed(mixer: "HAM", x: Tensor, state: InPlaceState, layout: Layout) -> tupl
     scores, stored = _store(held, qkv, p, kind, gram, scores, mixer.head_bias, tau, **heads)
     gates = mixer.read_gates(x[:, 0]) if mixer.combine == "gates" else None
     hidden = _answer(mixer, x, read, held, g.dtype, gates, scaled)
-    routing = Routing(scores[:, None], stored[:, None], tau, g.float()[:, None], state.constants["one"], window)
+    routing = Routing(scores[:, None], stored[:, None], tau, g[:, None], state.constants["one"], window)
     if window:
         routing.behind = state.constants["none"]
     return hidden, routing
