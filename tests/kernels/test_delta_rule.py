@@ -106,7 +106,7 @@ class TestShapes:
         delta=st.booleans(),
         shape=small_shapes,
         B=st.integers(1, 2),
-        T=st.sampled_from([1, 31, 33, 70]),
+        T=st.sampled_from([1, 31, 33, 70, 97]),
         first=st.booleans(),
     )
     def test_batches_in_triton(self, delta, shape, B, T, first, small_chunks, no_stale_memory):
@@ -128,7 +128,7 @@ class TestAgainstTheDefinition:
 
     @pytest.mark.parametrize(("keys", "decay"), [("any", "any"), ("alike", "none"), ("alike", "reset")])
     def test_single_precision(self, backend, keys, decay):
-        exact = make(B=1, T=100, K=16, V=16, keys=keys, decay=decay, beta="1" if keys == "alike" else "any")
+        exact = make(B=2, T=100, K=16, V=16, keys=keys, decay=decay, beta="1" if keys == "alike" else "any")
         rounded = {name: x.detach().float() for name, x in exact.items()}
         exact = {name: x.double().requires_grad_() for name, x in rounded.items()}
         for x in rounded.values():
@@ -286,7 +286,7 @@ class TestInterface:
     @pytest.mark.parametrize(("delta", "cu_seqlens"), [(True, [0, 10, 40]), (False, None)], ids=str)
     def test_less_of_the_prediction_changes_nothing_else(self, backend, delta, cu_seqlens, small_chunks):
         """Writes and statistics are those of the values; outputs and gradients do not depend on what is asked for."""
-        inputs = make(T=40, H=1, K=5, V=70, N=2 if cu_seqlens else 1)
+        inputs = make(T=40, H=2, K=5, V=70, N=2 if cu_seqlens else 1)
         bounds = None if cu_seqlens is None else torch.tensor(cu_seqlens)
         options = dict(cu_seqlens=bounds, backend=backend, delta=delta)
 
@@ -316,12 +316,12 @@ class TestInterface:
         """As if the memory were run once for each of them."""
         inputs = make(T=40, H=2, K=5, V=7, N=2 if cu_seqlens else 1)
         draw = torch.Generator().manual_seed(1)
-        queries = torch.randn(1, 40, 4, 5, generator=draw, dtype=torch.float64, requires_grad=True)
+        queries = torch.randn(1, 40, 6, 5, generator=draw, dtype=torch.float64, requires_grad=True)
         options = dict(cu_seqlens=None if cu_seqlens is None else torch.tensor(cu_seqlens), backend=backend)
         o, p, state = gated_delta_rule(**inputs | {"q": queries}, **options)
         _, writes, _ = gated_delta_rule(**inputs | {"q": queries}, **options, predict="writes")
         assert_close(writes, (inputs["beta"][..., None] * (inputs["v"] - p)).detach(), rtol=0, atol=1e-10)
-        alone = [gated_delta_rule(**inputs | {"q": queries[:, :, i::2]}, **options) for i in range(2)]
+        alone = [gated_delta_rule(**inputs | {"q": queries[:, :, i::3]}, **options) for i in range(3)]
         golden = torch.stack([one[0] for one in alone], 3).flatten(2, 3), alone[0][1], alone[0][2]
         wanted = [queries, *(x for name, x in inputs.items() if name != "q")]
         weights = [torch.randn(x.shape, generator=draw, dtype=x.dtype) for x in golden]

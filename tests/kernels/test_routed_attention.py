@@ -131,7 +131,7 @@ def in_triton(no_stale_memory):
 
 class TestTriton:
     @settings(max_examples=4)
-    @given(shape=small_shapes, B=st.integers(1, 2), T=st.sampled_from([1, 15, 33]), window=windows, scale=scales)
+    @given(shape=small_shapes, B=st.integers(1, 2), T=st.sampled_from([1, 15, 33, 50]), window=windows, scale=scales)
     def test_batches(self, in_triton, shape, B, T, window, scale):
         check_against_the_definition(make(B=B, T=T, **shape), window=window, scale=scale, **in_triton)
 
