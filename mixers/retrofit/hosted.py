@@ -261,7 +261,7 @@ class HostedHAM(Mixer):
             y = y + self.memory.added(h, read, missing).to(y.dtype)
 
         behind = stored_behind(stored, layout, window)
-        routing = Routing(scores, stored, tau, g.float(), layout.lengths, window, behind=behind)
+        routing = Routing(scores, stored, tau, g, layout.lengths, window, behind=behind)
         if state is not None:
             recurrent = None if recurrent is None else recurrent.to(state.recurrent.dtype)
             state = HostedState(state.length + layout.lengths, cache, recurrent, remembered)
