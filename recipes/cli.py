@@ -80,6 +80,10 @@ class RecipeCLI(LightningCLI):
             parser_kwargs={"prog": program(), "exit_on_error": False, "allow_abbrev": False},
         )
 
+    def subcommands(self) -> dict[str, set[str]]:
+        """Only the one that runs: Lightning makes a parser for each, which takes longer than to parse."""
+        return {self.command: super().subcommands()[self.command]}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for key in LINKED:
             target = f"model.init_args.{key}"

@@ -115,7 +115,7 @@ def test_ours_alone_has_no_other_names(tmp_path):
 def test_a_second_checkout_of_ours_does_not_count_as_theirs(theirs, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(ROOT / "kernels", copy / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    run("from kernels import delta_rule", NOTHING_ELSE, path=[ROOT, copy], cwd=tmp_path)
+    run("from kernels import dispatch", NOTHING_ELSE, path=[ROOT, copy], cwd=tmp_path)
     run("import mixers", OURS, THEIRS_IN_USE, NOTHING_ELSE, path=[ROOT, copy, theirs], cwd=tmp_path)
 
 

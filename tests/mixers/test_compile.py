@@ -13,7 +13,7 @@ from mixers import build_mixer
     [
         pytest.param("residual", False, {}, marks=pytest.mark.slow),
         pytest.param("cosine", True, {}, marks=pytest.mark.slow),
-        ("learned", True, {}),
+        pytest.param("learned", True, {}, marks=pytest.mark.slow),
         ("residual", True, {"window": 3, "sinks": 2, "num_kv_heads": 1, "bias": True}),
     ],
 )

@@ -1,24 +1,17 @@
 """`calibrate` refits thresholds and nothing else."""
 
-import pytest
 import torch
 
-import mixers.allocation
 from mixers.threshold import thresholds_of
 from recipes.checkpoint.opening import open_checkpoint
 
 
-@pytest.mark.parametrize("allocate", ["", "--allocate"])
-def test_thresholds_move_and_weights_stay(run, checkpoint, texts, tmp_path, allocate, monkeypatch):
-    monkeypatch.setattr(mixers.allocation, "DOUBLINGS", 1)  # how well it allocates is tested elsewhere
+def test_thresholds_move_and_weights_stay(run, checkpoint, texts, tmp_path):
+    """With --allocate: `test_export`."""
     out = tmp_path / "again.ckpt"
-    some = tmp_path / "text.txt"
-    some.write_text((texts / "one.txt").read_text()[:3000])
-    text, batches = (some, 1) if allocate else (texts, 2)
-    flags = f"--text [{text}] --batches {batches} --kv_usage 0.5 --out {out} {allocate}"
-    result = run(f"calibrate --ckpt_path {checkpoint} {flags}")
+    result = run(f"calibrate --ckpt_path {checkpoint} --text [{texts}] --batches 2 --kv_usage 0.5 --out {out}")
     assert result.code == 0, result.err
-    assert f"for 0.5; written to {out}" in result.out and ("allocated" in result.out) == bool(allocate)
+    assert f"for 0.5; written to {out}" in result.out and "allocated" not in result.out
     before, after = (open_checkpoint(str(path)).language_model(of_bytes=True) for path in (checkpoint, out))
     assert [threshold.kv_usage for threshold in thresholds_of(after)] == [0.5]
     for (name, one), (_, other) in zip(before.named_parameters(), after.named_parameters(), strict=True):
