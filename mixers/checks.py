@@ -23,6 +23,7 @@ from mixers.calibration import calibrate
 from mixers.quantiles import INFINITE
 from mixers.registry import SpecError, build_mixer, parse_spec
 from mixers.routers.base import Router
+from mixers.routers.contract import name_of
 from mixers.state import MixerState
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -88,6 +89,7 @@ def check_router(
         mixer = build_mixer("ham", dim=dim, num_heads=heads, head_dim=8, router=spec)
         if isinstance(router, type):
             mixer.router = router(dim, heads, **options)
+            mixer.threshold.router = name_of(mixer.router) if mixer.router.tells_tokens_apart else ""
         return mixer
 
     _check(f"router {_name(router)}", build, dim, dtype, device)

@@ -152,11 +152,12 @@ class HAM(GatedDeltaNet):
         inputs = self._router_inputs(given, q, m, state, layout)
         ranked, remembered = self._score(inputs)
         scores, window = ranked + self.head_bias.float(), self.window_size()
-        if self.training:
+        learning = self.training and (state is None or torch.is_grad_enabled())  # else it generates, in whatever mode
+        if learning:
             always = counted(scores, layout, inputs.positions, window, self.sinks)
             self.threshold.observe(self.layer_index, always)
-        tau = of_token = self.threshold.tau(self.training).expand(self.num_heads)
-        if self.training and self.threshold.usages is not None:
+        tau = of_token = self.threshold.tau(learning).expand(self.num_heads)
+        if learning and self.threshold.usages is not None:
             of_token = self.threshold.tau_per_sequence(layout)
         stored = scores > of_token
         ranks = scores  # of what is stored
@@ -164,7 +165,7 @@ class HAM(GatedDeltaNet):
             sinks = are_sinks(inputs.positions, self.sinks)
             stored, ranks = stored | sinks, scores.masked_fill(sinks, torch.inf)
         v, aux_loss = m.v, None
-        if self.training and len(x):  # a mean of no sequence is none
+        if learning and len(x):  # a mean of no sequence is none
             aux_loss = _sum(self.router.loss(inputs, ranked), self.threshold.loss(always))
             if self.router.trained_by_gate or self.threshold.trained_by_gate:
                 v = v * _straight_through(ranks, of_token).to(v.dtype)[..., None]

@@ -88,6 +88,9 @@ class MixerForCausalLM(PreTrainedModel, GenerationMixin, DescribesMixers):
     def get_output_embeddings(self) -> torch.nn.Module:
         return self.decoder.head
 
+    def set_output_embeddings(self, value: torch.nn.Module) -> None:
+        self.decoder.head = value
+
     def forward(
         self,
         input_ids: Tensor,
@@ -107,6 +110,8 @@ class MixerForCausalLM(PreTrainedModel, GenerationMixin, DescribesMixers):
         Raises:
             ValueError: something else is asked for, or shapes do not fit.
         """
+        if told.get("output_hidden_states"):
+            raise ValueError(f"{type(self).__name__} gives logits alone: output_hidden_states=True was asked for")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         x = input_ids[..., None]

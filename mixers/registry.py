@@ -328,10 +328,10 @@ THRESHOLDS = Registry(
     base="mixers.threshold:Threshold",
     group="lightning_mixers.thresholds",
     builtin={
-        "calibrated": "mixers.threshold:Calibrated",
-        "controlled": "mixers.threshold:Controlled",
-        "fixed": "mixers.threshold:Fixed",
-        "learned": "mixers.threshold:Learned",
+        "calibrated": "mixers.threshold_kinds:Calibrated",
+        "controlled": "mixers.threshold_kinds:Controlled",
+        "fixed": "mixers.threshold_kinds:Fixed",
+        "learned": "mixers.threshold_kinds:Learned",
     },
 )
 

@@ -130,6 +130,9 @@ def swap_mixers(
     for name, new, _ in made:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(part, Wrapper) for part in module.modules()):
+            module.use_nested_tensor = False  # a path of its own around its layers, which asks for weights of attention
     share_threshold(model)
     swap = {"mixer": spec | options, "where": where, "layers": layers, "causal": causal}
     _note_in_config(model, swap)

@@ -55,6 +55,7 @@ class Threshold(nn.Module):
         self._counted: dict[str, Tensor] | None = None  # the buffers as they will be when that step is closed
         self._checked = False
         self._closed, self._warned = 0, False  # steps, by this process; of their scores
+        self._went_back, self._moved, self._told = False, False, False  # see `_check_recomputed`
         self.router = ""
         """What gives the scores, as warnings name it; empty where all scores may well be the same."""
         self.shared = False  # by several layers
@@ -168,11 +169,16 @@ class Threshold(nn.Module):
         after this call, so that all layers of a step have the same. Activation checkpointing runs layers again in the
         backward pass, where tau must be what it was in the forward pass, so those calls are not counted.
         """
-        recomputed = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        if recomputed or not scores.numel():
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            self._check_recomputed()
+            return
+        if not scores.numel():
             return
         if layer in self._pending and self.micro_batches == 1:
+            self._moved, self._went_back = not self._went_back, False
             self.close_step()
+        elif not self._pending:  # closed by whoever trains
+            self._moved = False
         self._counted = None
         tokens = scores.detach().float().flatten(0, 1)
         sample = max(1, SAMPLE // (self.micro_batches * processes()))
@@ -180,6 +186,19 @@ class Threshold(nn.Module):
             place = torch.arange(sample, device=tokens.device, dtype=torch.double) * 0.6180339887498949
             tokens = tokens[(place % 1 * len(tokens)).long()]
         self._pending[layer] = torch.cat([self._pending[layer], tokens]) if layer in self._pending else tokens
+
+    def _check_recomputed(self) -> None:
+        """Warn, once, where a backward pass computes layers again that may have run before tau last moved."""
+        if self._moved and not (self._told or self.averaging):
+            self._told = True
+            message = (
+                "several forward passes came before a backward pass with activation checkpointing: the KV threshold "
+                "moved after each, so all but the last are computed again with another one and their gradients are "
+                "off; set threshold.micro_batches to their number, and call threshold.close_step() after each step, "
+                "for threshold in mixers.threshold.thresholds_of(model)"
+            )
+            warnings.warn(message, stacklevel=2)
+        self._went_back = True
 
     @torch.no_grad()
     def close_step(self) -> None:
@@ -226,106 +245,6 @@ class Threshold(nn.Module):
     def loss(self, scores: Tensor) -> Tensor | None:
         """A scalar that trains the threshold, or None."""
         return None
-
-
-class Calibrated(Threshold):
-    """Read tau from the table: holds the usage as the scores drift, at any usage, without a loss of its own."""
-
-    def finite_tau(self) -> Tensor:
-        return self.quantile(self.kv_usage)
-
-
-class Controlled(Threshold):
-    """Feedback: tau moves by `rate` times (usage - asked usage) each step, as HAM's paper is reported to do.
-
-    Args:
-        rate: step of the feedback, in units of the score.
-        start: tau at the beginning.
-        freeze_after: training steps after which tau stays; 0 never freezes.
-    """
-
-    def __init__(
-        self, num_heads: int, *, rate: float = 0.1, start: float = 0.5, freeze_after: int = 20_000, **options
-    ) -> None:
-        super().__init__(num_heads, **options)
-        check_range(0, rate=rate, freeze_after=freeze_after)
-        check_range(-math.inf, start=start)
-        self.rate, self.freeze_after = rate, freeze_after
-        self.register_buffer("current", torch.full_like(self.table[:, 0], start))
-
-    def finite_tau(self) -> Tensor:
-        return self.current
-
-    def adjust(self, scores: Tensor) -> None:
-        if not self.freeze_after or self.steps <= self.freeze_after:
-            self.current += self.rate * self.usage_gap(scores, self.current)
-
-    def set_usage(self, kv_usage: float) -> None:
-        super().set_usage(kv_usage)
-        if self.steps:
-            self.current.copy_(self.quantile(self.kv_usage))
-
-
-class Fixed(Threshold):
-    """The user's own tau. The KV usage is then what the data make of it.
-
-    Args:
-        tau: the threshold, in units of the router's score.
-    """
-
-    follows_usage = False
-
-    def __init__(self, num_heads: int, *, tau: float = 0.5, **options) -> None:
-        super().__init__(num_heads, **options)
-        if math.isnan(tau):
-            raise SpecError("tau of threshold 'fixed' must be a number, got nan")
-        self.fixed = tau
-        self._checked = True  # it needs no training
-
-    def finite_tau(self) -> Tensor:
-        return torch.full_like(self.table[:, 0], self.fixed)
-
-    def set_usage(self, kv_usage: float) -> None:
-        if 0 < check_usage(kv_usage) < 1:
-            raise SpecError(f"a fixed threshold has no KV usage to set, got {kv_usage}; use threshold 'calibrated'")
-        super().set_usage(kv_usage)
-
-
-class Learned(Threshold):
-    """A parameter, moved by the task's loss (through a gate on stored values) and by a penalty on the usage gap.
-
-    Args:
-        start: tau at the beginning.
-        weight: of the penalty, weight * (soft usage - asked usage)^2.
-        temperature: of the soft usage, mean sigmoid((score - tau) / temperature).
-    """
-
-    trained_by_gate = True
-
-    def __init__(
-        self, num_heads: int, *, start: float = 0.5, weight: float = 10.0, temperature: float = 0.05, **options
-    ) -> None:
-        super().__init__(num_heads, **options)
-        check_range(0, weight=weight)
-        check_range(1e-9, temperature=temperature)
-        check_range(-math.inf, start=start)
-        self.weight, self.temperature = weight, temperature
-        self.current = nn.Parameter(torch.full_like(self.table[:, 0], start))
-        self.current._no_weight_decay = True
-
-    def finite_tau(self) -> Tensor:
-        return self.current
-
-    def loss(self, scores: Tensor) -> Tensor | None:
-        soft = ((scores.detach() - self.current) / self.temperature).sigmoid()
-        gap = soft.mean((0, 1) if self.scope == "head" else None) - self.kv_usage
-        return self.weight * gap.square().mean()
-
-    def set_usage(self, kv_usage: float) -> None:
-        super().set_usage(kv_usage)
-        if self.steps:
-            with torch.no_grad():
-                self.current.copy_(self.quantile(self.kv_usage))
 
 
 def check_usage(kv_usage: float) -> float:

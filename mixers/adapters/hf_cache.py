@@ -1,5 +1,6 @@
 """A mixer's state as a layer of Hugging Face's `Cache`, so that `generate` carries, reorders and repeats it."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -38,6 +39,11 @@ def layer_of(cache: Any, index: int | None, owner: Any) -> Any:
     return layer
 
 
+def tokens_in(cache: Any, index: int | None) -> int:
+    """Tokens, padding included, that a layer of a cache has read; 0 where it is not made yet."""
+    return 0 if index is None or index >= len(cache.layers) else int(cache.layers[index].get_seq_length())
+
+
 _made: type | None = None
 
 
@@ -56,8 +62,17 @@ def _layer_class() -> type:
         def __init__(self, **_: Any) -> None:
             super().__init__()
             self.state: MixerState | None = None
-            self.owner: Any = None
+            self._owner: Any = None
             self.read = 0
+
+        @property
+        def owner(self) -> Any:
+            """The module whose state this is; held weakly, so that a copy of the cache is of the same module."""
+            return None if self._owner is None else self._owner()
+
+        @owner.setter
+        def owner(self, module: Any) -> None:
+            self._owner = weakref.ref(module)
 
         def state_for(self, mixer: Mixer, x: Tensor, cu_seqlens: Tensor | None = None) -> MixerState:
             """The state to read x (B, T, D) with: of its rows or, where documents are packed in them, of these."""

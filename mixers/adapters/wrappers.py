@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixers.adapters.hf_cache import layer_of
+from mixers.adapters.hf_cache import layer_of, tokens_in
 from mixers.adapters.masks import beginnings, packed, read_mask
 from mixers.base import Mixer, MixerOutput, Routing
 from mixers.registry import DescribesMixers, with_usage
@@ -51,9 +51,14 @@ class Wrapper(nn.Module, DescribesMixers):
             self.described["mixer"] = with_usage(self.described["mixer"], kv_usage)
 
     def note(self, out: MixerOutput) -> Tensor:
-        """The hidden (B, T, D) of an output, whose routing and loss are kept."""
-        self.routing, self.aux_loss = out.routing, out.aux_loss
+        """The hidden (B, T, D) of an output, whose routing, without its gradients, and loss are kept."""
+        self.routing = None if out.routing is None else out.routing.map(Tensor.detach)
+        self.aux_loss = out.aux_loss
         return out.hidden
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is of the last call: tensors with gradients cannot be copied."""
+        return self.__dict__ | {"routing": None, "aux_loss": None}
 
     def named(self, args: tuple, options: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call by the names that the host gave them, first the input.
@@ -107,7 +112,8 @@ class InDecoder(Wrapper):
         refuse(self.was, given)
         cache = getattr(cache, "self_attention_cache", cache)  # of an encoder and a decoder
         rows, how = packed(x, real, begins)
-        if cache is None or (self.training and torch.is_grad_enabled()):  # models make a cache even to be trained
+        trained = self.training and torch.is_grad_enabled()  # models make a cache even to be trained, an empty one
+        if cache is None or trained and not tokens_in(cache, self.layer_idx):
             return self.note(self.mixer(rows, **how)).reshape(x.shape), None
         layer = layer_of(cache, self.layer_idx, self)
         out = self.mixer(rows, layer.state_for(self.mixer, x, how.get("cu_seqlens")), **how)
@@ -144,9 +150,11 @@ class InBlock(Wrapper):
     def forward(self, *args: Any, **options: Any) -> Tensor:
         given = self.named(args, options)
         x = given.pop(self.arguments[0])
-        if given.pop("is_causal", self.causal) and not self.causal:
-            raise ValueError(f"a swapped mixer reads both ways in place of {self.was}: is_causal=True was asked for")
         mask = given.pop(next((name for name in MASKS if name in given), ""), None)
+        asked = given.pop("is_causal", options.get("is_causal"))
+        if asked is not None and bool(asked) != self.causal and (asked or mask is None):  # a mask may say so, too
+            way = "forwards" if self.causal else "both ways"
+            raise ValueError(f"a swapped mixer reads {way} in place of {self.was}: is_causal={asked} was asked for")
         refuse(self.was, given)
         if isinstance(mask, Tensor) and mask.shape[-2:] == (x.shape[1], x.shape[1]) and mask.ndim < 4:
             mask = mask[None] if mask.ndim == 2 else mask
@@ -184,8 +192,9 @@ class InMultiheadAttention(Wrapper):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
-        if query.shape != key.shape or query.data_ptr() != key.data_ptr():
-            raise ValueError("a swapped mixer cannot attend to another sequence: query and key differ")
+        for name, other in (("key", key), ("value", value)):
+            if query.shape != other.shape or query.data_ptr() != other.data_ptr():
+                raise ValueError(f"a swapped mixer cannot attend to another sequence: query and {name} differ")
         alone = query.ndim == 2
         x = query[None] if alone else query if self.rows_first else query.transpose(0, 1)
         mask = None

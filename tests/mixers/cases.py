@@ -10,7 +10,7 @@ from mixers import build_mixer, list_mixers, list_routers, set_kv_usage
 from mixers.caches.bounded import BoundedCache
 from mixers.ham import HAM
 from mixers.registry import MIXERS
-from mixers.threshold import Fixed
+from mixers.threshold_kinds import Fixed
 
 DIM = 12
 SMALL = {"num_heads": 2, "head_dim": 4}

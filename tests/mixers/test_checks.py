@@ -184,9 +184,14 @@ def untrained(self, dim, num_heads):
     ids=["constant", "ties", "untrained"],
 )
 def test_what_the_first_step_does_not_tell_of_a_router_is_found(router, message):
-    with warnings.catch_warnings(), pytest.raises(AssertionError, match=rf"^router .*\.Wrong: .*{message}"):
-        warnings.simplefilter("ignore")
+    with (
+        warnings.catch_warnings(record=True) as warned,
+        pytest.raises(AssertionError, match=rf"^router .*\.Wrong: .*{message}"),
+    ):
+        warnings.simplefilter("always")
         check_router(router)
+    told = [str(one.message) for one in warned if str(one.message).startswith("router ")]
+    assert all("Wrong " in one for one in told) and bool(told) == ("KV usage" in message)
 
 
 def test_names_specs_and_options():

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from kernels.sequences import Layout
 from mixers import allocate, build_mixer, calibrate, set_kv_usage
 from mixers.sharing import share_threshold
-from mixers.threshold import Calibrated
+from mixers.threshold_kinds import Calibrated
 
 
 def ham(dim=16, **options):
