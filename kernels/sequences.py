@@ -29,6 +29,8 @@ class Layout:
         if cu_seqlens is None:
             self.bounds, self.longest = None, tokens
             return
+        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.is_floating_point() or cu_seqlens.ndim != 1:
+            raise ValueError(f"cu_seqlens must be a tensor (N + 1,) of integers, got {cu_seqlens!r}")
         self.bounds = _checked(cu_seqlens.tolist(), batch, tokens)
         self.longest = max(b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False))
         self.cu_seqlens = cu_seqlens.int()
@@ -43,7 +45,8 @@ class Layout:
             x: (B, T, ...).
 
         Raises:
-            ValueError: `cu_seqlens` does not rise from 0 to T, or B is not 1; a layout of another shape.
+            ValueError: `cu_seqlens` is no tensor of integers or does not rise from 0 to T, or B is not 1; a layout of
+                another shape.
         """
         if isinstance(cu_seqlens, Layout):
             if (cu_seqlens.batch, cu_seqlens.tokens) != x.shape[:2]:

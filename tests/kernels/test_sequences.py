@@ -43,6 +43,12 @@ def test_bounds_that_do_not_fit_are_refused(bounds):
         Layout.of(torch.tensor(bounds), torch.zeros(1, 5))
 
 
+@pytest.mark.parametrize("bounds", [[0, 5], torch.tensor([0.0, 5.0]), torch.tensor([[0, 5]])], ids=str)
+def test_bounds_that_are_no_row_of_integers_are_refused(bounds):
+    with pytest.raises(ValueError, match=r"cu_seqlens must be a tensor \(N \+ 1,\) of integers"):
+        Layout.of(bounds, torch.zeros(1, 5))
+
+
 def test_a_layout_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"the layout is of \(1, 5\) \(B, T\), the input of \(1, 6\)"):
         Layout.of(Layout.of(BOUNDS, torch.zeros(1, 5)), torch.zeros(1, 6))
