@@ -1,6 +1,7 @@
 """What a run says when it ends, and what makes it resume exactly."""
 
 import random
+import shlex
 from contextlib import ExitStack
 from itertools import chain, islice
 from pathlib import Path
@@ -210,8 +211,8 @@ class NextSteps(pl.Callback):
     """Says what to run next, at the end of a fit.
 
     Args:
-        commands: what each command is for -> the command, where {checkpoint}, {config} and {log_dir} stand for those of
-            the run; a command that needs one that the run has not got is left out.
+        commands: what each command is for -> the command, where {checkpoint}, {config}, {log_dir} and {root}, the
+            folder of all runs, stand for those of the run; one that needs what the run has not got is left out.
     """
 
     def __init__(self, *, commands: dict[str, str]) -> None:
@@ -225,8 +226,9 @@ class NextSteps(pl.Callback):
             "checkpoint": saved and (saved.best_model_path or saved.last_model_path),
             "config": log_dir and config.exists() and str(config),
             "log_dir": log_dir,
+            "root": trainer.default_root_dir,
         }
-        places = {name: _relative(place) for name, place in places.items() if place}
+        places = {name: shlex.quote(_relative(place)) for name, place in places.items() if place}
         lines = []
         for purpose, command in self.commands.items():
             try:

@@ -152,7 +152,9 @@ class HAM(GatedDeltaNet):
         inputs = self._router_inputs(given, q, m, state, layout)
         ranked, remembered = self._score(inputs)
         scores, window = ranked + self.head_bias.float(), self.window_size()
-        learning = self.training and (state is None or torch.is_grad_enabled())  # else it generates, in whatever mode
+        # in whatever mode, a model that goes on from a state without gradients generates, unless it is calibrated
+        learns = state is None or torch.is_grad_enabled() or self.threshold.averaging
+        learning = self.training and learns
         if learning:
             always = counted(scores, layout, inputs.positions, window, self.sinks)
             self.threshold.observe(self.layer_index, always)

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import signal
 import warnings
 from dataclasses import replace
@@ -276,8 +277,10 @@ class RecipeCLI(LightningCLI):
             if name != "csv" and find_spec(name) is None:
                 raise SpecError(f"--logger {name} needs a package that is not installed: pip install {name}")
         model, data = self._get(self.config, "model").init_args, self._get(self.config, "data")
-        mixer = self.given.mixer or ",".join(dict.fromkeys(flags.mixer_names(model.get("mixer", "own"))))
-        name = run_name(mixer, data.class_path if data else "own")
+        data_class = data.class_path if data else "own"
+        mixer = self.given.mixer or self._mixer_of_saved(data_class)
+        mixer = mixer or ",".join(dict.fromkeys(flags.mixer_names(model.get("mixer", "own"))))
+        name = run_name(mixer, data_class)
         self.folder.make(root, name)
         path = self.folder.path
         where = {"save_dir": root, "name": "", "version": path.name}
@@ -287,6 +290,11 @@ class RecipeCLI(LightningCLI):
             "wandb": lambda: WandbLogger(name=path.name, save_dir=path, id=self.saved and self.saved.wandb),  # goes on
         }
         return [kinds[name]() for name in kinds if name in names]
+
+    def _mixer_of_saved(self, data_class: str) -> str:
+        """What the run that goes on is called by, so that `last` of that name finds it; empty for a foreign folder."""
+        ours = self.saved and re.fullmatch(rf"(.+){re.escape(run_name('', data_class))}-\d+", self.saved.folder.name)
+        return ours[1] if ours else ""
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         stopped = StopBetweenSteps()
@@ -318,7 +326,7 @@ class RecipeCLI(LightningCLI):
 
     def _go_on(self) -> str:
         saved = self.trainer.checkpoint_callback and self.trainer.checkpoint_callback.last_model_path
-        again = plugins.as_run(f"python -m recipes fit --ckpt_path {saved}")
+        again = plugins.as_run(f"python -m recipes fit --ckpt_path {shlex.quote(str(saved))}")
         return f"go on with\n  {again}" if saved else "nothing was saved"
 
     def predict(self, model: LightningModule, **kwargs: Any) -> None:

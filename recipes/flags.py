@@ -11,13 +11,14 @@ Recipes come first, whatever the order of the flags, so that every other flag, a
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lit_modules.data import DATA
 from mixers.registry import MIXERS, SpecError, parse_pattern, unknown
-from recipes.composition import compose, named_classes, without_replaced
+from recipes.composition import compose, named_classes, setting, without_replaced
 from recipes.messages import program
 from recipes.task import DATA_MODULES, recipe_of
 
@@ -193,7 +194,7 @@ def parse(args: list[str]) -> Flags:
     """Takes a command line apart.
 
     Raises:
-        SpecError: a short flag without a value, an unknown mixer, or --data and a --config that contradict each other.
+        SpecError: a short flag without a value, an unknown mixer, or a --config that contradicts --data or --mixer.
     """
     flags = Flags()
     loggers: list[str] = []
@@ -235,11 +236,28 @@ def parse(args: list[str]) -> Flags:
     if flags.mixer:
         for name in flags.names():
             _check_mixer(name)
+        _check_alone(flags)
     flags.classes = named_classes(flags.rest)
     named = flags.classes.get("data")
     if flags.data and named and named != flags.data_class():
         raise SpecError(f"--data {flags.data} contradicts {named}, which --config names: leave one of them out")
     return flags
+
+
+def _check_alone(flags: Flags) -> None:
+    """Raises SpecError for a --config or a long flag that names another mixer than --mixer, over which it would win."""
+    for key in ("model.init_args.mixer", "model.mixer"):
+        named = setting(flags.rest, key)
+        with suppress(SpecError):  # what it names does not exist: the parser says so
+            named = _yaml(named) if isinstance(named, str) and named[:1] in ("{", "[") else named
+            if named is None or mixer_names(named) == flags.names():
+                continue
+            names = ",".join(mixer_names(named))
+            message = f"--mixer {flags.mixer} contradicts {names}, which --config or --{key} names: leave one out"
+            break
+    else:
+        return
+    raise SpecError(message)
 
 
 def _short(args: list[str], rest: list[str]) -> Iterator[tuple[str, str]]:

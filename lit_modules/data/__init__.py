@@ -1,6 +1,7 @@
 """What there is to train on, and which LightningModule fits it, by name. Imports no torch, so that listing is instant.
 
-A data module of one's own is a LightningDataModule with some attributes, of the class or of the instance:
+A data module of one's own is a LightningDataModule with some attributes, of the class; the last two may as well be of
+the instance:
 
 ===============  =======================================================================================
 ``model``        a key of :data:`MODELS`: the LightningModule that ``fit`` trains on it; default: ``language_model``

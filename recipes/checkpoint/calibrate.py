@@ -45,7 +45,7 @@ def calibrate(
     from lit_modules.sharded import load_whole
     from mixers.threshold import thresholds_of
     from recipes.checkpoint.model_folder import is_model_folder
-    from recipes.checkpoint.opening import open_checkpoint
+    from recipes.checkpoint.opening import CALIBRATED, open_checkpoint
     from recipes.results import written_whole
 
     if batches < 1:
@@ -71,7 +71,7 @@ def calibrate(
         print(f"mean loss at KV usages 1/16, 1/8 and 1/4: {first:.4f}, allocated {best:.4f}")
     mixers.calibrate(model.decoder, some, run=model.decode)
     asked = next(thresholds_of(model)).kv_usage
-    target = Path(out) if out else path.resolve().with_name(f"{path.stem}-calibrated.ckpt")
+    target = Path(out) if out else path.resolve().with_name(f"{path.stem}{CALIBRATED}.ckpt")
     checkpoint = load_whole(path)
     checkpoint["state_dict"] = model.cpu().state_dict()
     checkpoint["hyper_parameters"]["kv_usage"] = asked
@@ -106,11 +106,12 @@ def _calibrate_folder(
     from lit_modules.callbacks import ALLOCATION_BATCHES
     from mixers.threshold import thresholds_of
     from recipes.checkpoint.model_folder import LENGTH, open_folder
+    from recipes.checkpoint.opening import CALIBRATED
     from recipes.results import written_whole
 
     if not text:
         raise SpecError(f"{path} does not say what it was trained on: give --text")
-    target = Path(out) if out else Path(path).resolve().with_name(f"{Path(path).resolve().name}-calibrated")
+    target = Path(out) if out else Path(path).resolve().with_name(f"{Path(path).resolve().name}{CALIBRATED}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise SpecError(f"--out {target} exists and is not an empty folder")
     opened = open_folder(path, kv_usage=kv_usage).routed()

@@ -18,6 +18,7 @@ from recipes.messages import one_line
 from recipes.trust import check_options, trusted
 
 RUNS = "runs"  # of base.yaml
+CALIBRATED = "-calibrated"  # how the names of what `calibrate` writes end
 INSTANTIATORS = (None, "lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
 
 
@@ -69,7 +70,7 @@ def open_checkpoint(path: str, *, root: str | Path = RUNS, name: str = "*") -> S
 def _find(path: str, root: Path, name: str) -> Path:
     """The file or folder of `--ckpt_path`. Raises SpecError if there is none."""
     if path == "last":
-        folders = [folder for folder in root.glob(f"{name}/checkpoints") if any(folder.glob("*.ckpt"))]
+        folders = [folder for folder in root.glob(f"{name}/checkpoints") if _own(folder)]
         for folder in sorted(folders, key=_newest, reverse=True):
             if found := _last(folder):
                 return found
@@ -83,7 +84,12 @@ def _find(path: str, root: Path, name: str) -> Path:
 
 def _newest(folder: Path) -> float:
     """When anything was written into a folder of checkpoints: links count, even if they lead nowhere."""
-    return max(file.lstat().st_mtime for file in folder.glob("*.ckpt"))
+    return max(file.lstat().st_mtime for file in _own(folder))
+
+
+def _own(folder: Path) -> list[Path]:
+    """What the run itself saved: what `calibrate` wrote beside it has another usage, and is asked for by its name."""
+    return [file for file in folder.glob("*.ckpt") if not file.stem.endswith(CALIBRATED)]
 
 
 def _last(folder: Path) -> Path | None:
@@ -91,10 +97,10 @@ def _last(folder: Path) -> Path | None:
 
     One that was cut while it saved may have left a link into nowhere: then the newest file that is whole.
     """
-    links = [file for file in folder.glob("last*.ckpt") if file.exists()]
+    links = [file for file in _own(folder) if file.name.startswith("last") and file.exists()]
     if links:
         return max(links, key=lambda file: file.stat().st_mtime)
-    files = [file for file in folder.glob("*.ckpt") if file.exists()]
+    files = [file for file in _own(folder) if file.exists()]
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         with suppress(SpecError):
             _check_archive(meta_file(file))

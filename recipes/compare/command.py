@@ -32,12 +32,12 @@ def compare(
     data_options: dict[str, Any] | None = None,
     model_options: dict[str, Any] | None = None,
     steps: int | None = None,
-    seeds: int = 5,
+    seeds: int | None = None,
     learning_rates: list[float] | None = None,
     rate_seeds: int = 0,
     test_usages: list[float] | None = None,
     match: str | None = None,
-    match_to: str = "ham",
+    match_to: str | None = None,
     jobs: int = 0,
     quick: bool = False,
     redraw: str | None = None,
@@ -61,13 +61,13 @@ def compare(
         data_options: of the data module, such as {num_pairs: 64}.
         model_options: of the model, in place of the task's, such as {dim: 64, depth: 2, learning_rate: 0.006}.
         steps: training steps of every run. Default: the task's.
-        seeds: runs of every contestant; seed i draws the same data for all.
+        seeds: runs of every contestant; seed i draws the same data for all. Default: 5, with quick 2.
         learning_rates: trains every contestant at each of them; of each, the one that is best on the validation split
             goes into the table and the plots, and all go into results.json.
         rate_seeds: seeds that all learning rates are tried on; the other seeds are trained at the best alone. 0: all.
         test_usages: KV usages at which each trained model that has one is tested as well; they are drawn in curve.png.
         match: parameters or flops: gives every contestant MLPs as wide as it takes to have as many as with `match_to`.
-        match_to: the mixer, or pattern, of the model that is matched.
+        match_to: the mixer, or pattern, of the model that is matched; default: ham.
         jobs: runs side by side, one thread each; 0 is the number of cores.
         quick: a smaller task and fewer contestants: an answer in about 5 minutes on two cores.
         redraw: a folder with the results.json of a comparison or of a sweep: draws its plots anew, and trains nothing.
@@ -80,11 +80,19 @@ def compare(
 
     if redraw:
         return redraw_plots(Path(redraw))
+    seeds = seeds if seeds is not None else QUICK["seeds"] if quick else 5
     check_positive(seeds=seeds, **({} if steps is None else {"steps": steps}))
     check_range(0, jobs=jobs, rate_seeds=rate_seeds)
-    if rate_seeds and not learning_rates:
-        raise SpecError("--rate_seeds is of --learning_rates; give these, too")
+    _check_together(
+        rate_seeds=(rate_seeds, "learning_rates", learning_rates),
+        match_to=(match_to, "match", match),
+        routers=(routers, "mixers", mixers),
+        kv_usages=(kv_usages, "mixers", mixers),
+    )
+    if mixers and contestants is not None:
+        raise SpecError("give --mixers or --contestants, not both")
     from recipes.compare.run import settings_of
+    from recipes.compare.sources import written_by_others
     from recipes.task import sized
 
     given = (QUICK["data"] if quick and data == "mqar" else {}) | (data_options or {})
@@ -94,8 +102,10 @@ def compare(
     if test_usages:
         settings["test_usages"] = [check_usage(usage) for usage in test_usages]
     if mixers:
-        contestants = [{"mixer": mixer} for mixer in mixers]
-        contestants = [c | _grid_options(c["mixer"], routers, kv_usages) for c in contestants]
+        contestants = [{"mixer": mixer} | _grid_options(mixer, routers, kv_usages) for mixer in mixers]
+        for flag, key, values in (("routers", "router", routers), ("kv_usages", "kv_usage", kv_usages)):
+            if values and not any(key in one for one in contestants):
+                raise SpecError(f"--{flag} were given, but none of these mixers has a {key}: {', '.join(mixers)}")
     elif contestants is None:
         own = HERE / "contestants" / f"{settings['data']}.yaml"
         contestants = str(
@@ -105,9 +115,9 @@ def compare(
         contestants = _read(Path(contestants))
     cells = [cell | {"mixer": sized(cell["mixer"], settings["data"])} for cell in expand(contestants)]
     if match:
-        cells = [*_matched(cells, match, sized(match_to, settings["data"]), settings)]
-    seeds = QUICK["seeds"] if quick and seeds == 5 else seeds
-    check(cells, settings)
+        cells = [*_matched(cells, match, sized(match_to or "ham", settings["data"]), settings)]
+    check(cells, settings, validated=bool(learning_rates))
+    settings |= written_by_others(cells, settings)
     cells = list(_at_each_rate(cells, learning_rates or [], model_options or {}))
 
     folder = Path(out)
@@ -129,6 +139,8 @@ def _trained(wanted: list[dict[str, Any]], folder: Path, jobs: int) -> list[dict
     done = _finished(log)
     keys = [_key(run) for run in wanted]
     missing = [run | {"key": key} for run, key in zip(wanted, keys, strict=True) if key not in done]
+    if taken := len(wanted) - len(missing):
+        print(f"{taken} of {len(wanted)} runs are there already, in {log}")
     for row in train_all(missing, jobs or os.cpu_count() or 1, unfinished):
         done[row["key"]] = row
         with log.open("a") as file:
@@ -193,19 +205,29 @@ def _short(spec: Any) -> str:
     return f"{spec['name']}({inner})" if inner else spec["name"]
 
 
-def check(cells: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+def check(cells: list[dict[str, Any]], settings: dict[str, Any], *, validated: bool = False) -> None:
     """Builds every contestant once, so that a mistake is one line now and not a traceback in an hour.
 
+    Args:
+        cells, settings: of the runs.
+        validated: whether a learning rate is chosen on the validation split.
+
     Raises:
-        SpecError: a mistake in one of them, two of one label, or a metric over what the data do not mark.
+        SpecError: a mistake in one of them, two of one label, data that lack a split, or a metric over what the data do
+            not mark.
     """
     labels = [cell["label"] for cell in cells]
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise SpecError(f"contestants share a label: {', '.join(sorted(twice))}")
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
     from recipes.compare.run import MARKED, build, check_marked
 
     for cell in cells:
         model, data = build(cell | settings | {"seed": 0})
+    for split in ("train", "test", *(["val"] if validated else [])):
+        if not is_overridden(f"{split}_dataloader", data):
+            raise SpecError(f"{type(data).__name__} has no {split}_dataloader, which compare needs")
     if settings["metric"] in MARKED and getattr(data, "metric", None) != settings["metric"]:
         data.prepare_data()
         data.setup("test")
@@ -249,12 +271,23 @@ def _finished(log: Path) -> dict[str, dict[str, Any]]:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
-        found = yaml.safe_load(path.read_text())["contestants"]
+        content = yaml.safe_load(path.read_text())
+        found = content["contestants"]
     except (OSError, KeyError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SpecError(f"{path} is no list of contestants: {' '.join(str(error).split())}") from error
     if not (isinstance(found, list) and found and all(isinstance(contestant, dict) for contestant in found)):
         raise SpecError(f"{path} is no list of contestants: it has {found!r}")
+    if others := content.keys() - {"contestants"}:
+        names = ", ".join(map(str, others))
+        raise SpecError(f"{path} has contestants, and {names} beside them: give these as flags of compare")
     return found
+
+
+def _check_together(**options: tuple[Any, str, Any]) -> None:
+    """Raises SpecError for an option (its value, the name of the one it goes with, that one's value) that is alone."""
+    for name, (value, other, given) in options.items():
+        if value and not given:
+            raise SpecError(f"--{name} goes with --{other}: give these, too")
 
 
 def _grid_options(mixer: Spec, routers: list[str] | None, kv_usages: list[float] | None) -> dict[str, Any]:

@@ -73,6 +73,23 @@ class Losses(pl.Callback):
             self.recent = []
 
 
+class SameDraws(pl.Callback):
+    """Seeds every epoch of loaders that shuffle by themselves: a mixer's own random numbers must not change the data.
+
+    Loaders with a `state_dict` have a seed of their own, and go on from the middle of an epoch.
+
+    Args:
+        seed: of the run.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.current_epoch and not hasattr(trainer.train_dataloader, "state_dict"):
+            pl.seed_everything(self.seed + trainer.current_epoch, verbose=False)
+
+
 class Unfinished(ModelCheckpoint):
     """Saves a run every few minutes, where its data can go on from the middle: loaders that have a `state_dict`.
 
@@ -113,7 +130,7 @@ def settings_of(
     data_class, recipe = DATA_MODULES.get(given.task()), given.recipe()
     metric = metric or getattr(data_class, "metric", None)
     if metric is None:
-        raise SpecError(f"data {data!r} has no attribute `metric` that says what to compare: give --metric")
+        raise SpecError(f"the class of data {data!r} has no attribute `metric`, what to compare: give --metric")
     defaults = {key: value for key, value in recipe["model"]["init_args"].items() if key != "mixer"}
     return {
         "data": given.task(),
@@ -188,12 +205,22 @@ def train(run: dict[str, Any], unfinished: Path) -> dict[str, Any]:
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,
-        callbacks=[losses := Losses(run["steps"]), CalibrateThresholds(), RNGState(), Unfinished(saved)],
+        callbacks=[
+            losses := Losses(run["steps"]),
+            CalibrateThresholds(),
+            SameDraws(run["seed"]),
+            RNGState(),
+            Unfinished(saved),
+        ],
         plugins=[WholeFiles()],
         gradient_clip_val=1.0,
     )
+    # Before each, as data modules may draw in `setup` or in a loader, and each mixer has drawn weights of its own.
+    pl.seed_everything(run["seed"], verbose=False)
     trainer.fit(model, data, ckpt_path=saved if saved.exists() else None)
+    pl.seed_everything(run["seed"], verbose=False)
     validated = _validate(trainer, model, data) if "learning_rate" in run["options"] else {}
+    pl.seed_everything(run["seed"], verbose=False)
     tested = _test(trainer, model, data)
     split = {name: value for name, value in model.last_usage.items() if "head" in name}
     batch = next(iter(data.test_dataloader()))
