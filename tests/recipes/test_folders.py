@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from recipes.__main__ import main
 from recipes.callbacks import LinkedCheckpoint
 from recipes.run_folder import RunFolder
 
@@ -75,6 +76,32 @@ def test_last_is_never_an_older_run_because_a_link_broke(run, run_folder):
 def test_what_is_taken_for_the_last_is_said(run, run_folder, command):
     result = run(f"{command} --ckpt_path last")
     assert "runs/ham-text-1/checkpoints/last.ckpt" in result.out.partition("writes to")[0] + result.err
+
+
+def test_a_run_that_goes_on_keeps_its_name(run, run_folder):
+    """So that `last` of that mixer finds it."""
+    run_folder.rename(run_folder.with_name("ham_paper-text-1"))
+    result = run("fit --ckpt_path last --steps 7")
+    assert result.code == 0 and "writes to runs/ham_paper-text-2" in result.out, result.err
+    assert "runs/ham_paper-text-2/checkpoints/last.ckpt" in run("test --ckpt_path last --mixer ham_paper").out
+    assert "no run runs/ham-*" in run("test --ckpt_path last --mixer ham").error
+
+
+def test_what_was_calibrated_is_not_the_last(run, run_folder):
+    """It has another usage, which training would go on with; nor does it make an older run the newest."""
+    last = run_folder / "checkpoints/last.ckpt"
+    shutil.copytree(run_folder, run_folder.with_name("ham-text-2"), symlinks=True)
+    shutil.copy(last, last.with_name("last-calibrated.ckpt"))
+    os.utime(last.with_name("last-calibrated.ckpt"), (2e9, 2e9))
+    for file in (run_folder.with_name("ham-text-2") / "checkpoints").iterdir():
+        os.utime(file, (1.9e9, 1.9e9))
+    assert "tests runs/ham-text-2/checkpoints/last.ckpt" in run("test --ckpt_path last").out
+
+
+def test_commands_to_go_on_with_can_be_pasted(run, here, tiny, capsys):
+    assert main([*f"fit {tiny}".split(), "--trainer.default_root_dir", "my runs"]) == 0
+    told = capsys.readouterr().out.partition("next:")[2]
+    assert "--ckpt_path 'my runs/ham-text-1/checkpoints/" in told and "tensorboard --logdir 'my runs'\n" in told
 
 
 DAMAGES = {

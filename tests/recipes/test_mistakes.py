@@ -11,6 +11,8 @@ import torch
         ("--mixer gdn,hamm", ["unknown mixer 'hamm'"]),
         ("--mixer no.such.Mixer", ["no.such"]),
         ("--mixer torch.nn.Linear", ["no mixer"]),
+        ("--mixer gdn --config ham.yaml", ["--mixer gdn contradicts ham", "leave one out"]),
+        ("--mixer ham --model.mixer gdn", ["--mixer ham contradicts gated_delta_net", "--model.mixer"]),
         ("--router cosin", ["unknown router 'cosin'", "Did you mean 'cosine'?"]),
         ("--router cosine --mixer gdn", ["router", "gated_delta_net"]),
         ("--router learned --model.router.form z", ["form", "'z'"]),
@@ -46,10 +48,11 @@ import torch
 )
 def test_fit(run, here, line, parts):
     (here / "empty.txt").touch()
+    (here / "ham.yaml").write_text("model: {init_args: {mixer: {name: ham}}}")
     (here / "empty_folder").mkdir()
     error = run(f"fit {line}").error
     assert [part for part in parts if part not in error] == []
-    assert sorted(path.name for path in here.iterdir()) == ["empty.txt", "empty_folder"]
+    assert sorted(path.name for path in here.iterdir()) == ["empty.txt", "empty_folder", "ham.yaml"]
 
 
 def test_mistake_that_shows_after_the_run_began(run, here):

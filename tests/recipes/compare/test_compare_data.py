@@ -152,7 +152,7 @@ def test_metrics(own):
         and settings("own_tasks.Named", "loss")["metric"] == "loss"
     )
     for data, metric, message in (
-        ("own_tasks.Counting", None, "no attribute `metric` .* give --metric"),
+        ("own_tasks.Counting", None, "no attribute `metric`, what to compare: give --metric"),
         ("own_tasks.Named", "acuracy", "unknown metric 'acuracy' of LanguageModel; known: .* Did you mean 'accuracy'"),
         ("own_tasks.Named", "bits_per_byte", "unknown metric 'bits_per_byte'"),
         ("own_tasks.Wrong", None, "unknown key 'stepz' in `defaults` of data 'own_tasks.Wrong'.*Did you mean 'steps'"),
