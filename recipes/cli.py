@@ -4,7 +4,6 @@ import argparse
 import json
 import logging
 import os
-import re
 import shlex
 import signal
 import warnings
@@ -26,7 +25,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from kernels.dispatch import UnavailableBackend
 from lit_modules.base import with_options
 from lit_modules.callbacks import NextSteps
-from lit_modules.data import DATA
 from lit_modules.loggers import EarlierRows
 from mixers import SpecError
 from mixers.registry import ROUTERS
@@ -40,7 +38,7 @@ from recipes.limits import check_limits, check_usages
 from recipes.matching import matched
 from recipes.messages import one_line, program
 from recipes.results import written_whole
-from recipes.run_folder import RunFolder
+from recipes.run_folder import RunFolder, mixer_of, run_name
 from recipes.task import sized
 from recipes.watchdog import Watchdog
 
@@ -278,7 +276,7 @@ class RecipeCLI(LightningCLI):
                 raise SpecError(f"--logger {name} needs a package that is not installed: pip install {name}")
         model, data = self._get(self.config, "model").init_args, self._get(self.config, "data")
         data_class = data.class_path if data else "own"
-        mixer = self.given.mixer or self._mixer_of_saved(data_class)
+        mixer = self.given.mixer or (mixer_of(self.saved.folder.name, data_class) if self.saved else "")
         mixer = mixer or ",".join(dict.fromkeys(flags.mixer_names(model.get("mixer", "own"))))
         name = run_name(mixer, data_class)
         self.folder.make(root, name)
@@ -290,11 +288,6 @@ class RecipeCLI(LightningCLI):
             "wandb": lambda: WandbLogger(name=path.name, save_dir=path, id=self.saved and self.saved.wandb),  # goes on
         }
         return [kinds[name]() for name in kinds if name in names]
-
-    def _mixer_of_saved(self, data_class: str) -> str:
-        """What the run that goes on is called by, so that `last` of that name finds it; empty for a foreign folder."""
-        ours = self.saved and re.fullmatch(rf"(.+){re.escape(run_name('', data_class))}-\d+", self.saved.folder.name)
-        return ours[1] if ours else ""
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         stopped = StopBetweenSteps()
@@ -372,14 +365,6 @@ def mistake_in(error: BaseException | None) -> SpecError | None:
             return SpecError(one_line(str(error)))
         error = error.__cause__ or error.__context__
     return None
-
-
-def run_name(mixer: str, data_class: str) -> str:
-    """What a run is called before its number, such as ham-text; "*" stays as it is."""
-    names = {path.replace(":", "."): name for name, path in DATA.items()}
-    data = names.get(data_class, data_class.rpartition(".")[2].lower())
-    mixer = re.sub(r"(\w+[.:])+(?=\w)", "", mixer)  # of a class path, the class
-    return "-".join(part if part == "*" else re.sub(r"[^\w-]+", "_", part).strip("_") for part in (mixer, data))
 
 
 def main(command: str, args: list[str]) -> int:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lit_modules.data import DATA
+
 
 class RunFolder:
     """The folder of one run, made by its first process.
@@ -51,3 +53,17 @@ class RunFolder:
         for folder in reversed(self._made):
             with suppress(OSError):
                 folder.rmdir()
+
+
+def run_name(mixer: str, data_class: str) -> str:
+    """What a run is called before its number, such as ham-text; "*" stays as it is."""
+    names = {path.replace(":", "."): name for name, path in DATA.items()}
+    data = names.get(data_class, data_class.rpartition(".")[2].lower())
+    mixer = re.sub(r"(\w+[.:])+(?=\w)", "", mixer)  # of a class path, the class
+    return "-".join(part if part == "*" else re.sub(r"[^\w-]+", "_", part).strip("_") for part in (mixer, data))
+
+
+def mixer_of(name: str, data_class: str) -> str:
+    """What stands for the mixer in the name of a run on such data, which a run that goes on keeps; empty of others."""
+    ours = re.fullmatch(rf"(.+){re.escape(run_name('', data_class))}-\d+", name)
+    return ours[1] if ours else ""
