@@ -40,8 +40,9 @@ def layer_of(cache: Any, index: int | None, owner: Any) -> Any:
 
 
 def tokens_in(cache: Any, index: int | None) -> int:
-    """Tokens, padding included, that a layer of a cache has read; 0 where it is not made yet."""
-    return 0 if index is None or index >= len(cache.layers) else int(cache.layers[index].get_seq_length())
+    """Tokens, padding included, that a layer of a cache has read; 0 where it is not made yet, or of other caches."""
+    layers = getattr(cache, "layers", ())
+    return 0 if index is None or index >= len(layers) else int(layers[index].get_seq_length())
 
 
 _made: type | None = None
