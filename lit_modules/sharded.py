@@ -9,6 +9,7 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Iterator
+from enum import EnumType
 from pathlib import Path
 from typing import Any
 
@@ -151,9 +152,17 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 class _Index(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):  # how Python 3.11.0 to 3.11.3 pickle a member of an enumeration
+            return _member
         if name not in INDEX.get(module, ()):
             raise SpecError(f"its index names {module}.{name}, which is no part of one")
         return super().find_class(module, name)
+
+
+def _member(of: Any, name: str) -> Any:
+    if not (isinstance(of, EnumType) and name in of.__members__):
+        raise SpecError(f"its index asks for {name} of {of!r}, which is no part of one")
+    return of[name]
 
 
 class _Reader(dcp.FileSystemReader):

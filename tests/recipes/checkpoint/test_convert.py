@@ -1,5 +1,6 @@
 """Sharded checkpoints, which are folders, do all that one file does, and are looked at as closely."""
 
+import io
 import os
 import pickle
 import shutil
@@ -7,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import metadata
 
-from lit_modules.sharded import load_whole
+from lit_modules.sharded import _Index, load_whole
 from lit_modules.strategies import put_in_place
+from mixers.registry import SpecError
 from recipes.checkpoint.opening import open_checkpoint
 
 CHECKPOINTS = "runs/ham-text-1/checkpoints"
@@ -96,6 +99,25 @@ def test_a_harmed_folder_is_refused(name, converted, run):
     error = run(f"test --ckpt_path {converted}").error
     assert [part for part in (str(converted), *parts) if part not in error] == []
     assert not Path("ran").exists()
+
+
+class Asks:
+    """Pickled as Python 3.11.0 to 3.11.3 do a member of an enumeration: by a call of getattr."""
+
+    def __init__(self, *what):
+        self.what = what
+
+    def __reduce__(self):
+        return getattr, self.what
+
+
+def test_a_member_of_an_enumeration_is_read_and_nothing_else_is_asked_for():
+    encoding = metadata._MEM_FORMAT_ENCODING
+    member = next(iter(encoding))
+    assert _Index(io.BytesIO(pickle.dumps(Asks(encoding, member.name)))).load() is member
+    for what in ((encoding, "__init__"), (metadata.Metadata, "__init__")):
+        with pytest.raises(SpecError, match="its index asks for __init__ of"):
+            _Index(io.BytesIO(pickle.dumps(Asks(*what)))).load()
 
 
 def test_last_is_the_newest_folder_that_is_whole(converted, here):
