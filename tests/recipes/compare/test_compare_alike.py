@@ -67,7 +67,7 @@ def test_data_that_draw_for_themselves_are_the_same_for_all(run, here, shuffled)
     assert first[:4] != first[4:8]  # each epoch is drawn anew
 
 
-def test_a_run_is_trained_again_when_what_it_was_made_of_has_changed(run, shuffled, here, texts):
+def test_a_run_is_trained_again_when_what_it_was_made_of_has_changed(run, shuffled, here):
     line = f"compare --data shuffled_tasks.Shuffled --mixers [gdn] {RUN}"
     assert run(line).code == 0
     assert "1 of 1 runs are there already, in out/runs.jsonl" in run(line).out
