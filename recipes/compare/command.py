@@ -45,9 +45,9 @@ def compare(
 ) -> None:
     """Trains contestants head to head; prints and saves one table, the plots and the raw figures.
 
-    A run that is already in the output folder, with the same settings, texts and classes of yours, is not trained again:
-    an interrupted comparison goes on, within a run where it was saved last, every five minutes; and a longer one adds
-    to a shorter.
+    A run that is already in the output folder, with the same settings, texts and classes of yours, is not trained
+    again: an interrupted comparison goes on, within a run where it was saved last, every five minutes; and a longer one
+    adds to a shorter.
 
     Args:
         contestants: YAML file, or list of {mixer, router, kv_usage, scope, combine, budget, label}; lists of them, but
