@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 common = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("ci", derandomize=True, max_examples=10, **common)
+settings.register_profile("ci", derandomize=True, max_examples=6, **common)
 settings.register_profile("explore", max_examples=150, **common)
 settings.load_profile("ci")
 

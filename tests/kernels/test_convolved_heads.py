@@ -35,7 +35,7 @@ def both(B, T, heads, dims, taps, bounds=None, seed=0):
     B=st.integers(1, 2),
     T=st.sampled_from([1, 2, 3, 40]),
     heads=st.sampled_from([(1, 1, 1), (2, 1, 1)]),
-    dims=st.sampled_from([(4, 4, 4), (3, 3, 5), (33, 33, 1)]),
+    dims=st.sampled_from([(4, 4, 4), (3, 3, 5), (17, 17, 1)]),
     taps=st.integers(2, 5),
 )
 def test_batches(B, T, heads, dims, taps, no_stale_memory):
@@ -65,6 +65,6 @@ def test_precision():
 
 
 def test_the_operators_are_sound():
-    x, weight = torch.randn(9, 12, requires_grad=True), torch.randn(4, 12, requires_grad=True)
-    arguments = x, weight, torch.arange(9, dtype=torch.int32), [4, 4, 4], [2, 2, 4]
+    x, weight = torch.randn(3, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    arguments = x, weight, torch.arange(3, dtype=torch.int32), [1, 1, 1], [1, 1, 1]
     torch.library.opcheck(torch.ops.lightning_mixers.convolved_heads, arguments)

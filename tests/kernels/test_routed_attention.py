@@ -148,7 +148,12 @@ class TestTriton:
 
     @pytest.mark.parametrize(
         ("bounds", "window", "K"),
-        [(None, 0, 16), (None, 45, 5), ([0, 60, 63, 100], 0, 5), ([0, 60, 100], 37, 16)],
+        [
+            (None, 45, 5),
+            ([0, 60, 100], 37, 16),
+            pytest.param(None, 0, 16, marks=pytest.mark.slow),
+            pytest.param([0, 60, 63, 100], 0, 5, marks=pytest.mark.slow),
+        ],
         ids=str,
     )
     def test_blocks_that_all_queries_see(self, in_triton, bounds, window, K):
@@ -167,7 +172,13 @@ class TestTriton:
 
     @pytest.mark.parametrize(
         "K, V, bounds",
-        [(16, 32, None), (128, 128, None), (256, 256, None), (128, 128, [0, 70, 70, 150]), (256, 256, [0, 9, 80])],
+        [
+            (16, 32, None),
+            (128, 128, [0, 70, 70, 150]),
+            (256, 256, [0, 9, 80]),
+            pytest.param(128, 128, None, marks=pytest.mark.slow),
+            pytest.param(256, 256, None, marks=pytest.mark.slow),
+        ],
     )
     def test_at_the_sizes_that_models_have(self, K, V, bounds):
         """In blocks of the size that runs on a GPU."""
@@ -191,7 +202,7 @@ class TestTriton:
 
         assert torch.autograd.gradcheck(function, list(inputs.values()), fast_mode=True)
 
-    @pytest.mark.parametrize("window", [0, 3])
+    @pytest.mark.parametrize("window", [3, pytest.param(0, marks=pytest.mark.slow)])
     def test_the_operator_is_sound(self, in_triton, window):
         """Fake tensors, autograd registration and aliasing, as torch.compile and FSDP rely on them."""
         inputs = {n: x.float() if x.is_floating_point() else x for n, x in make(T=20, bias=True).items()}

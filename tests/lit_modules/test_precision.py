@@ -5,7 +5,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lit_modules.callbacks import CalibrateThresholds
 
 
-@pytest.mark.parametrize("router", ["demand", "learned"])
+@pytest.mark.parametrize("router", ["learned", pytest.param("demand", marks=pytest.mark.slow)])
 def test_float16_with_a_scaled_loss(make_trainer, make_model, make_mqar, router):
     """What 16-mixed is on a GPU; for a CPU Lightning takes bfloat16 instead unless it is given the plug-in."""
     model = make_model(router=router, budget="any")

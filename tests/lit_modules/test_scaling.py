@@ -52,7 +52,7 @@ def test_recomputing_changes_no_weight(make_trainer, make_model, make_mqar, monk
     assert_equal(*weights)
 
 
-@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiling_changes_no_weight(make_trainer, make_model, make_mqar, monkeypatch, again):
     torch._dynamo.reset()
     compiled = []

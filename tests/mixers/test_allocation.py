@@ -36,7 +36,13 @@ def misses(model, layer, head=slice(None)):
 
 
 @pytest.mark.parametrize(
-    ("router", "layer"), [("residual", 0), ("cosine", 1), ({"name": "learned", "form": "error"}, 1)], ids=str
+    ("router", "layer"),
+    [
+        ("residual", 0),
+        ({"name": "learned", "form": "error"}, 1),
+        pytest.param("cosine", 1, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_the_layer_that_matters_gets_the_budget(router, layer):
     model = make(router=router, kv_usage=0.25)
@@ -89,7 +95,7 @@ def test_it_is_saved_with_the_model():
     assert torch.equal(usage(again, batches(1)[0]), usage(model, batches(1)[0]))
 
 
-@pytest.mark.parametrize("threshold", ["calibrated", "controlled", "learned"])
+@pytest.mark.parametrize("threshold", ["calibrated", "learned", pytest.param("controlled", marks=pytest.mark.slow)])
 def test_mistakes_and_interruptions_leave_the_model_as_it_was(threshold):
     model = make(router="residual", threshold=threshold)
     allocate(model, batches(1), misses(model, 1))

@@ -79,16 +79,15 @@ def test_a_step_in_place_is_a_step_out_of_place(case):
 @pytest.mark.parametrize(
     "case",
     ["gated_delta_net", "delta_net", "linear_attention", "gdn grouped queries", "gdn grouped",
-     "attention", "attention bias", "attention grouped", "attention window", "attention all",
-     "ham cosine", "ham demand", "ham recency", "ham sum", "ham grouped", "ham grouped queries",
-     "ham linear_attention", "ham window and sinks"],
+     "attention", "attention bias", "attention all",
+     "ham cosine", "ham sum", "ham grouped", "ham grouped queries", "ham linear_attention", "ham window and sinks"],
 )  # fmt: skip
 def test_the_kernels_of_a_step_are_the_mixer(case):
     assert case in CASES
     stepped(make(case), tokens(0, 2, 9), 7, triton=True)
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(
     batch=st.integers(1, 2),
     heads=st.sampled_from([(1, 1), (2, 2), (2, 1)]),
@@ -123,7 +122,6 @@ def test_several_blocks_of_everything():
     ("spec", "most"),
     [
         ({"name": "ham"}, 12),
-        ({"name": "ham", "router": "cosine"}, 12),
         ({"name": "ham", "num_kv_heads": 1, "window": 4, "sinks": 2}, 12),
         ({"name": "ham", "combine": "sum", "rule": "linear_attention", "scope": "head"}, 9),
         ({"name": "gdn"}, 8),
@@ -244,8 +242,9 @@ class TestFull:
 
 
 @pytest.mark.parametrize("triton", [False, True], indirect=True, ids=["torch", "triton"])
-@pytest.mark.parametrize("first", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("then", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    ("first", "then"), [(torch.no_grad, torch.inference_mode), (torch.inference_mode, torch.no_grad)]
+)
 def test_inference_mode_may_begin_or_end_on_the_way(first, then, triton):
     torch.manual_seed(0)
     mixer = build_mixer("ham", dim=8, num_heads=2, head_dim=4, window=2, kv_usage=1.0).double().eval()

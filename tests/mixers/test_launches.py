@@ -17,9 +17,10 @@ def on_a_gpu(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:the KV threshold has seen no training step")
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("name", "most"), [("ham", 28), ("gdn", 17)])
+@pytest.mark.parametrize(
+    ("name", "most", "packed", "training"),
+    [("ham", 28, True, True), ("ham", 28, False, False), ("gdn", 17, True, True)],
+)
 def test_a_layer_takes_few_launches(name, most, packed, training, on_a_gpu):
     """Tables of the layout are made by the first layer of a model; this is one of the others."""
     mixer = build_mixer(name, dim=16, num_heads=2, head_dim=8).train(training)

@@ -65,7 +65,7 @@ def test_the_mean_is_calibrated_and_validated(mean, run, monkeypatch):
     assert float(line.replace("│", " ").split()[-1]) == pytest.approx(logged[-1], rel=1e-5)
 
 
-@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("step", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_it_goes_on_to_the_bit(step, mean, run, here):
     assert run(f"fit --ckpt_path {mean}/checkpoints/all-step={step}.ckpt").code == 0
     ours, theirs = saved(here / "runs/ham-text-1", 6), saved(mean, 6)

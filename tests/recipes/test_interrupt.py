@@ -44,9 +44,9 @@ def stop(monkeypatch, hook, step, how):
     [
         ("on_train_batch_start", 5, interrupt, 4),
         pytest.param("on_after_backward", 5, interrupt, 4, marks=slow),
-        ("on_train_batch_end", 5, interrupt, 4),
+        pytest.param("on_train_batch_end", 5, interrupt, 4, marks=slow),
         pytest.param("on_validation_batch_end", 4, interrupt, 4, marks=slow),
-        ("on_validation_batch_start", 6, interrupt, 6),  # the last one
+        pytest.param("on_validation_batch_start", 6, interrupt, 6, marks=slow),  # the last one
         pytest.param("on_train_batch_start", 2, press, 3, marks=slow),
         ("on_before_zero_grad", 4, press, 5),
         pytest.param("on_validation_batch_start", 6, press, 6, marks=slow),

@@ -6,7 +6,10 @@ import torch
 DTYPES = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize(
+    "precision",
+    ["bf16-mixed", "bf16-true", *(pytest.param(p, marks=pytest.mark.slow) for p in ("16-mixed", "64-true"))],
+)
 def test_fits_from_the_first_step_to_the_sample(run, here, tiny, precision):
     result = run(f"fit {tiny} --trainer.precision {precision}")
     assert result.code == 0, result.err

@@ -76,10 +76,14 @@ def built(data, **options):
     return build(settings(data, **options) | {"mixer": mixer, "options": {}, "seed": 0})
 
 
-KNOWN = [name for name in DATA if name != "tokens"]  # which needs a tokenizer
+SOME = ("text", "classification", "mad_recall")
+OTHERS = [name for name in DATA if name not in (*SOME, "tokens")]  # which needs a tokenizer
 
 
-@pytest.mark.parametrize("data", [*KNOWN, "own_tasks.Named", "texts"])
+@pytest.mark.parametrize(
+    "data",
+    [*SOME, "own_tasks.Named", "texts", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)],
+)
 def test_the_models_are_those_of_fit(run, own, texts, data):
     data = str(texts) if data == "texts" else data
     printed = yaml.safe_load(run(f"fit --data {data} --mixer gdn,attention --print_config").out)
