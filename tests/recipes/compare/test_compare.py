@@ -20,7 +20,7 @@ from recipes.compare.report import at_best_rate, name_table, part_table, table
 from recipes.compare.run import build, remembered, settings_of, train
 from recipes.task import sized
 
-TINY = {"num_pairs": 4, "num_keys": 8, "num_values": 8, "num_test": 32, "curriculum": None}
+TINY = {"num_pairs": 4, "num_keys": 8, "num_values": 8, "num_validation": 16, "num_test": 32, "curriculum": None}
 MODEL = {"dim": 16, "mlp_ratio": 1.0}
 
 
@@ -150,7 +150,7 @@ def test_finished_runs_are_not_trained_again(tmp_path, monkeypatch, capsys):
 
 def test_all_are_trained_at_every_learning_rate_and_the_best_on_validation_is_shown(tmp_path, monkeypatch, run):
     monkeypatch.setattr(module, "train_all", lambda runs, jobs, unfinished: (train(run, unfinished) for run in runs))
-    data = "--data_options.num_pairs 4 --data_options.num_test 16 --model_options.dim 16"
+    data = "--data_options.num_pairs 4 --data_options.num_validation 16 --data_options.num_test 16 --model_options.dim 16"
     line = f"compare --mixers [gdn,attention] --seeds 1 --steps 2 --out {tmp_path} {data}"
     result = run(f"{line} --learning_rates [0.01,1e-9,0.01]")
     assert result.code == 0 and "| validation at learning rate | 1e-09 | 0.01" in result.out
@@ -335,7 +335,7 @@ def test_a_trained_model_is_tested_at_other_usages_too(tmp_path, run):
     out = tmp_path / "out"
     line = (
         f"compare --contestants {contestants} --test_usages [0,0.5,1] --steps 4 --seeds 1 --jobs 1 --out {out}"
-        " --data_options.num_pairs 4 --data_options.num_test 8 --model_options.dim 16"
+        " --data_options.num_pairs 4 --data_options.num_validation 8 --data_options.num_test 8 --model_options.dim 16"
     )
     result = run(line)
     assert result.code == 0 and "accuracy when tested at" in result.out
