@@ -150,7 +150,9 @@ def test_finished_runs_are_not_trained_again(tmp_path, monkeypatch, capsys):
 
 def test_all_are_trained_at_every_learning_rate_and_the_best_on_validation_is_shown(tmp_path, monkeypatch, run):
     monkeypatch.setattr(module, "train_all", lambda runs, jobs, unfinished: (train(run, unfinished) for run in runs))
-    data = "--data_options.num_pairs 4 --data_options.num_validation 16 --data_options.num_test 16 --model_options.dim 16"
+    data = (
+        "--data_options.num_pairs 4 --data_options.num_validation 16 --data_options.num_test 16 --model_options.dim 16"
+    )
     line = f"compare --mixers [gdn,attention] --seeds 1 --steps 2 --out {tmp_path} {data}"
     result = run(f"{line} --learning_rates [0.01,1e-9,0.01]")
     assert result.code == 0 and "| validation at learning rate | 1e-09 | 0.01" in result.out
@@ -329,7 +331,7 @@ def test_a_mistake_is_named_before_anything_is_written(arguments, message, tmp_p
 
 
 def test_a_trained_model_is_tested_at_other_usages_too(tmp_path, run):
-    cell = "{mixer: {name: ham, num_heads: 2, head_dim: 4}, router: [cosine], budget: [fixed, any]}"
+    cell = "{mixer: {name: ham, num_heads: 2, head_dim: 4}, router: [cosine], budget: [fixed, {name: any, allocate: false}]}"
     contestants = tmp_path / "cells.yaml"
     contestants.write_text(f"contestants: [{cell}, {{mixer: {{name: gdn, num_heads: 2, head_dim: 4}}}}]")
     out = tmp_path / "out"
@@ -340,8 +342,8 @@ def test_a_trained_model_is_tested_at_other_usages_too(tmp_path, run):
     result = run(line)
     assert result.code == 0 and "accuracy when tested at" in result.out
     rows = {row["label"]: row for row in json.loads((out / "results.json").read_text())["runs"]}
-    assert list(rows) == ["ham cosine fixed", "ham cosine any", "gdn"]
-    for label in ("ham cosine fixed", "ham cosine any"):
+    assert list(rows) == ["ham cosine fixed", "ham cosine any(allocate=False)", "gdn"]
+    for label in ("ham cosine fixed", "ham cosine any(allocate=False)"):
         curve = rows[label]["curve"]
         assert [point["asked"] for point in curve] == [0, 0.5, 1]
         assert curve[0]["kv_usage"] == 0 and curve[2]["kv_usage"] == 1
