@@ -35,9 +35,13 @@ def causal_attention(
         (B, T, H, K) in the dtype of q.
 
     Raises:
-        ValueError: `cu_seqlens` that do not fit.
+        ValueError: `cu_seqlens` that do not fit, or a negative window.
     """
+    if window < 0:
+        raise ValueError(f"window must not be negative, got {window}")
     layout = Layout.of(cu_seqlens, q)
+    if not layout.tokens:
+        return v.repeat_interleave(q.shape[2] // v.shape[2], 2)
     if not layout.packed:
         return _dense(q, k, v, scale, window)
     if _varlen_takes(q):

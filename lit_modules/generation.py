@@ -1,5 +1,6 @@
 """Writing on from prompts, token by token, through the state: memory follows what the state holds."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
@@ -15,6 +16,8 @@ from mixers.state import kv_cache_bytes, state_bytes
 PREFILL = 2048
 RESERVED = 512
 """Tokens of every prompt that a state of fixed capacity is given places for at a time."""
+SMALLEST = 1e-30
+"""Temperature: a smaller one would be 0 in single precision, and draws alike."""
 
 
 class Continuation:
@@ -51,8 +54,8 @@ class Continuation:
         progress: Callable[[int, int], None] | None = None,
         in_place: bool | None = None,
     ) -> None:
-        if temperature < 0:
-            raise SpecError(f"temperature must be at least 0, got {temperature}")
+        if not 0 <= temperature < math.inf:
+            raise SpecError(f"temperature must be finite and at least 0, got {temperature}")
         if not 0 < top_p <= 1:
             raise SpecError(f"top_p must be above 0 and at most 1, got {top_p}")
         check_positive(prefill=prefill, **({} if max_kv_bytes is None else {"max_kv_bytes": max_kv_bytes}))
@@ -145,7 +148,8 @@ class Continuation:
         """(B, vocab_size) -> (B,)."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        chances = (logits / self.temperature).softmax(-1)
+        logits = logits - logits.amax(-1, keepdim=True)  # however small the temperature, the likeliest is divided to 0
+        chances = (logits / max(self.temperature, SMALLEST)).softmax(-1)
         if self.top_p < 1:
             ordered, order = chances.sort(descending=True)
             before = ordered.cumsum(-1) - ordered  # the likeliest always stays
@@ -170,6 +174,7 @@ def generate(
     Raises:
         SpecError: as :class:`Continuation` does.
     """
+    check_positive(num_tokens=num_tokens)
     new = torch.stack([*islice(Continuation(decoder, prompts, **options), num_tokens)], 1)
     whole = [torch.cat([prompt, tokens.to(prompt)]) for prompt, tokens in zip(prompts, new, strict=True)]
     return torch.stack(whole) if isinstance(prompts, Tensor) else whole

@@ -93,7 +93,7 @@ class MixerForCausalLM(PreTrainedModel, GenerationMixin, DescribesMixers):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -101,8 +101,9 @@ class MixerForCausalLM(PreTrainedModel, GenerationMixin, DescribesMixers):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
         **told: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple:
         """As other causal models: labels are input_ids with -100 where nothing is asked, shifted in here.
 
         Documents packed in a row (`mixers.adapters.masks.beginnings`) are read alone.
@@ -112,6 +113,8 @@ class MixerForCausalLM(PreTrainedModel, GenerationMixin, DescribesMixers):
         """
         if told.get("output_hidden_states"):
             raise ValueError(f"{type(self).__name__} gives logits alone: output_hidden_states=True was asked for")
+        if told.get("inputs_embeds") is not None:
+            raise ValueError(f"{type(self).__name__} reads input_ids: inputs_embeds were given")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         x = input_ids[..., None]
@@ -136,8 +139,11 @@ class MixerForCausalLM(PreTrainedModel, GenerationMixin, DescribesMixers):
         if labels is not None:
             count = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **count)
-            loss = loss + out.aux_loss if self.training else loss
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+            if self.training:  # of the batches that are accumulated, each adds its share, as to the mean over tokens
+                share = 1.0 if num_items_in_batch is None else (labels[..., 1:] != -100).sum() / num_items_in_batch
+                loss = loss + share * out.aux_loss
+        answer = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return answer if return_dict is None or return_dict else answer.to_tuple()
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)

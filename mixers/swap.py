@@ -235,6 +235,12 @@ def _note_in_config(model: nn.Module, swap: dict[str, Any]) -> None:
 
 
 def aux_loss(model: nn.Module) -> Tensor:
-    """The sum of what routers and thresholds of swapped mixers add to the loss of the last call; a scalar."""
+    """The sum of what routers and thresholds of swapped mixers add to the loss of the last call; a scalar.
+
+    Raises:
+        SpecError: `mixers.retrofit.attach` put in a router with weights, which is fitted, not trained.
+    """
+    if any(getattr(m, "is_fitted", False) for m in model.modules()):
+        raise SpecError("a router that `attach` put in learns nothing from a loss: it is fitted by `recipes retrofit`")
     losses = [m.aux_loss for m in model.modules() if isinstance(m, Wrapper) and m.aux_loss is not None]
     return torch.stack(losses).sum() if losses else torch.zeros(())

@@ -136,13 +136,15 @@ def _wanted(prediction: Tensor, v: Tensor, beta: Tensor, predict: str) -> Tensor
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> None:
-    B, T, HV = v.shape[:3]
-    H, HQ = k.shape[2], q.shape[2]
-    other = (q.shape[:2], q.shape[3]) != (k.shape[:2], k.shape[3]) or (HQ != H and HQ % HV)
-    if other or k.shape[:2] != (B, T):
+    fit = q.ndim == k.ndim == v.ndim == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2] and q.shape[3] == k.shape[3]
+    if not fit or (q.shape[2] != k.shape[2] and q.shape[2] % v.shape[2]):
         raise ValueError(
             f"q, k (B, T, H, K) and v (B, T, HV, V) do not fit: {(*q.shape,)}, {(*k.shape,)}, {(*v.shape,)}"
         )
+    B, T, HV = v.shape[:3]
+    H = k.shape[2]
+    if not v.is_floating_point():
+        raise ValueError(f"v must be of a floating-point dtype, got {v.dtype}")
     if HV % H:
         raise ValueError(f"the value heads ({HV}) must be a multiple of the key heads ({H})")
     for name, x in (("g", g), ("beta", beta)):

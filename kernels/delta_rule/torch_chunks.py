@@ -23,8 +23,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kernels.autograd import first_order
 from kernels.delta_rule.chunk_layout import chunk_layout
 from kernels.sequences import Layout
 
@@ -90,7 +90,7 @@ class _Chunks(torch.autograd.Function):
         return _each(PO[:, C:], C, join), join(PO[:, :C]), final
 
     @staticmethod
-    @once_differentiable
+    @first_order("the torch backend of delta_rule")
     def backward(ctx, *grads):
         saved = ctx.saved_tensors  # once only: activation checkpointing computes them anew
         with torch.autocast(saved[0].device.type, enabled=False):  # it may be on where backward() is called

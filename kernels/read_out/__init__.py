@@ -31,14 +31,28 @@ def read_out(
         eps: of the same.
         z: (B, T, R V), the gate before its SiLU.
         a: (B, T, R, V), attention's read-out, if there is one.
-        gates: (B, T, 2 R), g_r and then g_a of every head before the sigmoid; None: both are 1.
+        gates: (B, T, 2 R), g_r and then g_a of every head before the sigmoid; None: both are 1. Only with `a`.
         backend: `naive` and `torch`, which are the same, `triton` or `auto`.
 
     Returns:
         (B, T, R V) in the dtype of r.
 
     Raises:
-        ValueError: a backend that does not exist or is not available.
+        ValueError: shapes that do not fit, gates without `a`; a backend that does not exist or is not available.
     """
+    if r.ndim != 4:
+        raise ValueError(f"r must be (B, T, R, V), got {tuple(r.shape)}")
+    B, T, R, V = r.shape
+    wanted = {
+        "weight": (weight, (V,)),
+        "z": (z, (B, T, R * V)),
+        "a": (a, (B, T, R, V)),
+        "gates": (gates, (B, T, 2 * R)),
+    }
+    for name, (x, shape) in wanted.items():
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} must be {shape}, got {tuple(x.shape)}")
+    if gates is not None and a is None:
+        raise ValueError("gates are of r and a, but there is no a")
     _, run = choose("read_out", backend, BACKENDS, r.device)
     return run(r, weight, eps, z, a, gates)

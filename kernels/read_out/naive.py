@@ -12,4 +12,4 @@ def read_out(r: Tensor, weight: Tensor, eps: float, z: Tensor, a: Tensor | None,
         y = g_r * y + g_a * a
     elif a is not None:
         y = y + a
-    return y.flatten(2) * F.silu(z)
+    return (y.flatten(2) * F.silu(z)).to(r.dtype)

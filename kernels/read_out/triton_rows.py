@@ -110,7 +110,7 @@ def read_out(r: Tensor, weight: Tensor, eps: float, z: Tensor, a: Tensor | None,
     if interpreted() and dtype in (torch.float16, torch.bfloat16):
         r = r.float()  # the interpreter's arithmetic on bfloat16 is wrong (triton issue 11584)
     given = (None if x is None else x.to(r.dtype).contiguous() for x in (z, a, gates))
-    return _forward(r.contiguous(), weight, *given, eps).to(dtype)
+    return _forward(r.contiguous(), weight.contiguous(), *given, eps).to(dtype)
 
 
 def _options(r: Tensor, a: Tensor | None, gates: Tensor | None) -> dict:

@@ -50,18 +50,19 @@ def routed_attention(
         ValueError: shapes that do not fit; a backend that does not exist or is not available.
     """
     _, run = choose("routed_attention", backend, BACKENDS, v.device)
-    B, T, heads = k.shape[:3]
-    if q.shape[:2] != (B, T) or v.shape[:3] != (B, T, heads) or q.shape[3] != k.shape[3] or q.shape[2] % heads:
+    fit = q.ndim == k.ndim == v.ndim == 4 and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
+    if not fit or k.shape[:3] != v.shape[:3] or q.shape[2] % k.shape[2]:
         raise ValueError(f"q, k and v do not fit: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    B, T, heads = k.shape[:3]
     for name, x in (("stored", stored), ("bias", bias)):
         if x is not None and x.shape != (B, T, heads):
             raise ValueError(f"{name} must be {(B, T, heads)} (B, T, H_kv), got {tuple(x.shape)}")
-    if stored.dtype != torch.bool:
-        raise ValueError(f"stored must be bool, got {stored.dtype}")
+    if stored is None or stored.dtype != torch.bool:
+        raise ValueError(f"stored must be bool, got {stored if stored is None else stored.dtype}")
     if window < 0:
         raise ValueError(f"window must not be negative, got {window}")
     layout = Layout.of(cu_seqlens, v)
-    if T == 0:
-        return v.new_zeros(B, 0, q.shape[2], v.shape[3])
+    if 0 in (B, T):
+        return v.repeat_interleave(q.shape[2] // heads, 2)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     return run(q, k, v, stored, bias, scale=scale, layout=layout, window=window).to(v.dtype)

@@ -115,7 +115,7 @@ def heads(x: Tensor, weight: Tensor, layout: Layout, widths: list[int], dims: li
     if interpreted() and dtype in (torch.float16, torch.bfloat16):
         x = x.float()  # the interpreter's arithmetic on bfloat16 is wrong (triton issue 11584)
     positions = layout.once("flat positions", lambda: layout.positions.flatten().int())
-    parts = _forward(x.flatten(0, 1).contiguous(), weight, positions, widths, dims)
+    parts = _forward(x.flatten(0, 1).contiguous(), weight.contiguous(), positions, widths, dims)
     return tuple(part.unflatten(0, x.shape[:2]).to(dtype) for part in parts)
 
 

@@ -19,7 +19,7 @@ def layer_of(cache: Any, index: int | None, owner: Any) -> Any:
         owner: the module that asks; no other may ask for the same layer.
 
     Raises:
-        ValueError: the cache was filled by another model, or there is no index.
+        ValueError: the cache was filled by another model, is of a fixed length or quantized, or there is no index.
     """
     if index is None:
         raise ValueError("a cache was given to a layer without layer_idx")
@@ -31,6 +31,8 @@ def layer_of(cache: Any, index: int | None, owner: Any) -> Any:
             raise ValueError(f"the cache is of another model: its layer {index} holds the keys of an attention layer")
         if "Quantized" in type(layer).__name__:
             raise ValueError("a quantized cache was asked for: a mixer keeps its state in the model's own precision")
+        if "Static" in type(layer).__name__:  # layers beside ours would be given masks of another length
+            raise ValueError("a static cache was asked for: what a mixer stores grows; leave cache_implementation out")
         layer = cache.layers[index] = _layer_class()()
     if layer.owner is None:
         layer.owner = owner

@@ -53,8 +53,9 @@ def attach(model: PreTrainedModel, *, layers: Iterable[int] | None = None, **opt
     """Puts HAM around the attention of a decoder of transformers, in place.
 
     At KV usage 1, which is the default, the model computes what it did; a smaller one needs parts that are fitted
-    (`mixers.retrofit.fit`) or a router that needs no fitting, and thresholds that are calibrated. Weights of the host
-    are untouched; each attention module gets a child named `ham`. Layers with a sliding window of their own keep it.
+    (`python -m recipes retrofit`) or a router that needs no fitting, and thresholds that are calibrated. Weights of the
+    host are untouched; each attention module gets a child named `ham`. Layers with a sliding window of their own keep
+    it.
 
     Args:
         model: a causal language model that attends through transformers' attention interface.

@@ -204,6 +204,11 @@ class HostedHAM(Mixer):
         """Whether the router wants the memory's prediction, so that all tokens are written."""
         return self.router.predict != "none"
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether its router has weights, which `recipes retrofit` fits: no loss of a training loop reaches them."""
+        return any(True for _ in self.router.parameters())
+
     def init_state(self, batch_size: int, device=None, dtype=None) -> HostedState:
         device = self.head_bias.device if device is None else device
         dtype = torch.float32 if dtype is None else dtype
@@ -236,11 +241,14 @@ class HostedHAM(Mixer):
         inputs = self._router_inputs(h, q, k, v, prediction, g, beta, positions, state, layout)
         scores, remembered = score(self.router, inputs)
         scores = scores.float() + self.head_bias.float()
-        if self.training and (state is None or state.kv.fresh):  # what is generated, token by token, is no step
+        # in whatever mode, a model that goes on from a state without gradients generates, unless it is calibrated
+        learns = state is None or torch.is_grad_enabled() or self.threshold.averaging
+        learning = self.training and learns
+        if learning:
             always = counted(scores, layout, positions, self.window_size(), self.sinks)
             self.threshold.observe(self.layer_index, always)
-        tau = of_token = self.threshold.tau(self.training).to(scores.device).expand(self.num_heads)
-        if self.threshold.usages is not None:
+        tau = of_token = self.threshold.tau(learning).to(scores.device).expand(self.num_heads)
+        if learning and self.threshold.usages is not None:
             of_token = self.threshold.tau_per_sequence(layout).to(scores.device)
         stored = (scores > of_token) | are_sinks(positions, self.sinks)
         if self.adds_memory and not self.looks_at_errors:

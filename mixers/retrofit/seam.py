@@ -118,7 +118,9 @@ def attention(
     else:
         out = part(rows, call.cache.state_for(part, x, how.get("cu_seqlens")), **how)
         call.cache.keep(out.state, T)
-    part.routing = out.routing.map(Tensor.detach)  # kept, it would keep the graph of the call
+    part.routing = (
+        None if out.routing is None else out.routing.map(Tensor.detach)
+    )  # kept, it would keep the graph of the call
     return out.hidden.reshape(B, T, q.shape[2], -1), None
 
 

@@ -80,6 +80,11 @@ def bench(
         **dict(rounds=rounds, minutes=minutes, seed=seed),
     }
     cases = list(_cases(settings))
+    known = sorted({name for case in cases for name, _ in contestants(case, settings["kv_usages"], settings["skews"])})
+    for name in settings["only"]:
+        if name not in known:
+            raise unknown("contestant", name, known)
+    Path(out).mkdir(parents=True, exist_ok=True)  # now, not after all is measured
     torch.set_num_threads(threads)
     peaks = {dtype: machine_peaks(device, dtype, threads) for dtype in settings["dtypes"]}
     rows = _run_all(cases, settings)
@@ -103,10 +108,14 @@ def _cases(settings: dict[str, Any]):
     for name in ("batch", "heads", "head_dim", "threads", "rounds", "minutes"):
         if settings[name] <= 0:
             raise SpecError(f"{name} must be positive, got {settings[name]}")
+    if settings["tokens"] < 0:
+        raise SpecError(f"tokens must not be negative, got {settings['tokens']}")
     if any(length < 1 for length in settings["lengths"]):
         raise SpecError(f"lengths must be positive, got {settings['lengths']}")
     if any(not 0 <= usage <= 1 for usage in settings["kv_usages"]):
         raise SpecError(f"kv_usages must be from 0 to 1, got {settings['kv_usages']}")
+    if settings["device"] not in ("cpu", "cuda"):
+        raise unknown("device", settings["device"], ("auto", "cpu", "cuda"))
     if settings["device"] == "cuda" and not torch.cuda.is_available():
         raise SpecError("device cuda is not there; known: cpu")
     found = False
@@ -129,14 +138,12 @@ def _run_all(cases: list[Case], settings: dict[str, Any]) -> list[dict[str, Any]
 
     end = time.perf_counter() + 60 * settings["minutes"]
     rows: list[dict[str, Any]] = []
-    named = set()
     with tqdm(total=len(cases), unit="case") as bar:
         for done, case in enumerate(cases):
             runners: dict[str, Runner] = {}
             mine: dict[str, dict[str, Any]] = {}  # contestant -> its row
             until = time.perf_counter() + (end - time.perf_counter()) / (len(cases) - done)
             for name, build in contestants(case, settings["kv_usages"], settings["skews"]):
-                named.add(name)
                 if settings["only"] and name not in settings["only"]:
                     continue
                 bar.set_postfix_str(f"{case.group} {case.phase} T={case.length}: {name}")
@@ -153,9 +160,6 @@ def _run_all(cases: list[Case], settings: dict[str, Any]) -> list[dict[str, Any]
             _rounds(runners, mine, settings, until)
             rows += mine.values()
             bar.update()
-    for name in settings["only"]:
-        if name not in named:
-            raise unknown("contestant", name, sorted(named))
     return rows
 
 

@@ -67,6 +67,8 @@ def doctor(
     check_positive(**{f"lengths[{i}]": length for i, length in enumerate(lengths or [])})
     check_positive(**{f"head_dims[{i}]": K for i, K in enumerate(head_dims or [])})
     cells = cells_of(compile or [], dtypes or ["bfloat16"], head_dims or [64, 128])
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)  # now, not after all checks
     if interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is first imported
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,7 +12,7 @@ TEXT, TOKENS = (DATA[name].replace(":", ".") for name in ("text", "tokens"))
 
 def calibrate(
     ckpt_path: str = "last",
-    text: list[str] | None = None,
+    text: list[str] | str | None = None,
     kv_usage: float | None = None,
     batches: int = 32,
     allocate: bool = False,
@@ -26,7 +26,8 @@ def calibrate(
     Args:
         ckpt_path: the checkpoint of a language model of bytes or of `--data tokens`, "last" is that of the newest run;
             or the folder of a Hugging Face model, such as `recipes retrofit` writes.
-        text: files or folders, for a model of bytes; default: what the checkpoint was trained on. A folder needs it.
+        text: file or folder, or a list of such, for a model of bytes; default: what the checkpoint was trained on. A
+            folder needs it.
         kv_usage: usage to hold, 0..1; default: as trained.
         batches: of 8192 bytes, at most; of tokens, as in training; of a folder, of four windows of 2048 tokens or as
             many as the model reads.
@@ -48,6 +49,7 @@ def calibrate(
     from recipes.checkpoint.opening import CALIBRATED, open_checkpoint
     from recipes.results import written_whole
 
+    text = [text] if isinstance(text, str) else text
     if batches < 1:
         raise SpecError(f"batches must be at least 1, got {batches}")
     if is_model_folder(ckpt_path):

@@ -67,9 +67,13 @@ def write(saved: "Saved", folder: Path, kv_usage: float | None = None) -> int:
     mixer = with_options(hparams.mixer, router=hparams.router, kv_usage=usage)
     ours = MixerForCausalLM(MixerConfig(mixer=mixer, **{key: hparams[key] for key in keys}))
     ours.decoder.load_state_dict(model.decoder.state_dict())
+    tokenizer = byte_tokenizer() if hparams.vocab_size == BYTES else None
+    if tokenizer is None and (data := saved.token_data()):
+        tokenizer = data.tokenizer
+        for config in (ours.config, ours.generation_config):  # bytes have no end that was trained
+            config.eos_token_id = data.end
+            config.pad_token_id = data.end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ours.save_pretrained(folder)
-    if hparams.vocab_size == BYTES:
-        byte_tokenizer().save_pretrained(folder)
-    elif data := saved.token_data():
-        data.tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     return sum(p.numel() for p in ours.parameters())

@@ -46,6 +46,8 @@ def check_folder(path: Path) -> None:
         raise SpecError(f"{file} is no JSON: {error}") from error
     if not isinstance(config, dict):
         raise SpecError(f"{file} is no config of a model, but {type(config).__name__}")
+    if "mixer_swaps" in config:
+        raise SpecError(f"{path} is a model that mixers were swapped into: it is opened by mixers.hf.swapped, not here")
     if "mixer" in config:
         from lit_modules.base import SequenceModule
 

@@ -14,7 +14,7 @@ def sweep(
     ckpt_paths: list[str] | None = None,
     kv_usages: list[float] | None = None,
     long: int = 0,
-    text: list[str] | None = None,
+    text: list[str] | str | None = None,
     out: str = "runs/sweep",
     root: str = "runs",
 ) -> None:
@@ -29,7 +29,7 @@ def sweep(
             that of the newest run, and the default. Or one or several folders.
         kv_usages: stored tokens / tokens, 0..1. Default: 0, 1/16, 1/8, 1/4, 1/2, 3/4, 1.
         long: also read that many test tokens as one sequence at each usage, and weigh the cache.
-        text: files or folders that folders are tested on.
+        text: file or folder that folders are tested on, or a list of such.
         out: folder for results.json, table.md and curve.png.
         root: folder of runs, for "last".
     """
@@ -40,6 +40,7 @@ def sweep(
 
     if long < 0:
         raise SpecError(f"long must be a number of tokens, got {long}")
+    text = [text] if isinstance(text, str) else text
     usages = [check_usage(usage) for usage in kv_usages or USAGES]
     paths = ckpt_paths or ["last"]
     folders = [path for path in paths if is_model_folder(path)]
@@ -48,6 +49,8 @@ def sweep(
     if bool(folders) != bool(text):
         raise SpecError("--text goes with folders of Hugging Face models, and they need it; checkpoints have their own")
     rows = _folder_rows(folders, usages, text, long) if folders else _checkpoint_rows(paths, usages, long, root)
+    labels = [row["label"] for row in rows]
+    rows = [row | {"label": row["ckpt_path"]} if labels.count(row["label"]) > 1 else row for row in rows]
     by_label = {row["label"]: [row] for row in rows}
     folder, stamped = Path(out), stamp()
     folder.mkdir(parents=True, exist_ok=True)

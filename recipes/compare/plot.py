@@ -4,6 +4,7 @@ At most MOST lines, named where they begin or end: routers coloured, controls do
 bars and bands are the range over seeds.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,10 +103,10 @@ def draw_losses(by_label: dict[str, list[Row]], path: Path) -> None:
 
 def usage_lines(by_label: dict[str, list[Row]]) -> list[Line]:
     """Contestants that differ in their KV usage alone are one line."""
-    lines: dict[str, Line] = {}
+    lines: dict[tuple[str, bool], Line] = {}  # what stands at one level is another line, even under one name
     for label, runs in by_label.items():
-        usage = runs[0]["options"].get("kv_usage")
-        line = lines.setdefault(short := name_of_line(label, runs[0]), Line(short, kind(runs[0]), {}))
+        usage, short = runs[0]["options"].get("kv_usage"), name_of_line(label, runs[0])
+        line = lines.setdefault((short, usage is None), Line(short, kind(runs[0]), {}))
         line.points.setdefault(LEVEL if usage is None else usage, []).extend(run[run["metric"]] for run in runs)
     return list(lines.values())
 
@@ -113,7 +114,9 @@ def usage_lines(by_label: dict[str, list[Row]]) -> list[Line]:
 def name_of_line(label: str, row: Row) -> str:
     """A contestant's label without its KV usage."""
     usage = row["options"].get("kv_usage")
-    return label if usage is None else label.replace(f" {usage}", "").removeprefix("ham ")
+    if usage is None:
+        return label
+    return re.sub(rf" {re.escape(str(usage))}(?= |$)", "", label, count=1).removeprefix("ham ")
 
 
 def kind(row: Row) -> str:

@@ -179,13 +179,15 @@ def open_host(name: str) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(name)
         off = {key: 0.0 for key in DROPOUTS if getattr(config, key, 0)}
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **off).eval()
+        model, info = AutoModelForCausalLM.from_pretrained(name, dtype="auto", output_loading_info=True, **off)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise SpecError(f"{name} is no causal language model that can be opened: {one_line(str(error))}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise SpecError(f"{name} lacks {len(missing)} of its model's weights, such as {missing[0]}")
     if off:
         print(f"{name} had {', '.join(off)}: set to 0, HAM has no dropout of attention weights")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def read_text(plan: Plan, tokenizer: Any) -> Tensor:

@@ -68,3 +68,10 @@ def test_padding_is_a_fifth_at_most(monkeypatch):
     parts = draw(sum(lengths))
     causal_attention(*parts, Layout.of(torch.tensor([0, *lengths]).cumsum(0), parts[0]))
     assert sum(seen) <= 1.25 * sum(lengths)
+
+
+def test_no_tokens_and_a_window_that_means_nothing():
+    q, k, v = draw(0)
+    assert causal_attention(q, k, v, torch.tensor([0, 0])).shape == causal_attention(q, k, v).shape == q.shape
+    with pytest.raises(ValueError, match="window must not be negative, got -3"):
+        causal_attention(*draw(4), window=-3)

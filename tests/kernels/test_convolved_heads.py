@@ -68,3 +68,11 @@ def test_the_operators_are_sound():
     x, weight = torch.randn(3, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
     arguments = x, weight, torch.arange(3, dtype=torch.int32), [1, 1, 1], [1, 1, 1]
     torch.library.opcheck(torch.ops.lightning_mixers.convolved_heads, arguments)
+
+
+def test_a_weight_that_is_a_view(no_stale_memory):
+    x, weight = torch.randn(1, 9, 12, dtype=torch.float64), torch.randn(12, 4, dtype=torch.float64)
+    layout = Layout.of(None, x)
+    views = (triton_heads.heads(x, w, layout, [4] * 3, [4] * 3) for w in (weight.T, weight.T.contiguous()))
+    for one, other in zip(*views, strict=True):
+        assert torch.equal(one, other)

@@ -179,3 +179,35 @@ class TestAppend:
         for _ in range(2 * PAGE):
             cache = cache.append(one, one, torch.ones(2, 1, dtype=torch.bool))
         assert asked == [PAGE, PAGE]
+
+
+def test_a_gradient_is_given_or_refused(monkeypatch):
+    """Triton's kernel has none; `auto` takes what has one."""
+    cache, _, _ = held(torch.ones(2, PAGE + 6).bool())
+    q = torch.randn(2, 1, 6, dtype=torch.float64, requires_grad=True)
+    golden = torch.autograd.grad(attend(q, cache, backend="naive").square().sum(), q)[0]
+    monkeypatch.setitem(dispatch.PREFERENCE, "cpu", ("triton", "torch"))  # as on a GPU
+    assert_close(torch.autograd.grad(attend(q, cache).square().sum(), q)[0], golden, rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match="'triton' of paged_attention gives no gradient; use 'torch'"):
+        attend(q, cache, backend="triton")
+    with torch.no_grad():
+        assert dispatch.CHOSEN["paged_attention"] == "torch"
+        attend(q, cache)
+        assert dispatch.CHOSEN["paged_attention"] == "triton"
+
+
+@pytest.mark.parametrize("backend", ["naive", *FAST])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(backend, dtype):
+    cache, _, _ = held(torch.ones(2, PAGE + 6).bool(), dtype=torch.float32)
+    q = torch.randn(2, 1, 6)
+    expected = attend(q, cache, backend=backend)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(attend(q, cache, backend=backend), expected)
+
+
+def test_sums_over_many_pages_do_not_overflow():
+    """Of 16,384 values of 20 in float16, whose largest number is 65,504."""
+    k, v = torch.zeros(1, 16384, 4).half(), torch.full((1, 16384, 4), 20.0).half()
+    cache = PagedCache.empty(1, 4, 4, dtype=torch.float16).append(k, v, torch.ones(1, 16384).bool())
+    assert torch.equal(attend(torch.ones(1, 1, 4).half(), cache, backend="torch"), torch.full((1, 1, 4), 20.0).half())

@@ -71,3 +71,33 @@ def test_the_operator_is_sound():
     r, weight, z, a, gates = (x.detach().float().requires_grad_() for x in draw())
     for more in ((a, gates), (a, None), (None, None)):
         torch.library.opcheck(torch.ops.lightning_mixers.read_out, (r, weight, z, *more, 1e-3))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shapes_that_do_not_fit(backend):
+    """Those of z are those of the output, which a kernel would write past."""
+    r, weight, z, a, gates = draw(1, 3, 2, 8)
+    for wrong, message in [
+        ((r, weight, z[:, :1], a, gates), r"z must be \(1, 3, 16\), got \(1, 1, 16\)"),
+        ((r, weight[:4], z, a, gates), r"weight must be \(8,\), got \(4,\)"),
+        ((r, weight, z, a[:, :1], gates), r"a must be \(1, 3, 2, 8\)"),
+        ((r, weight, z, a, gates[..., :2]), r"gates must be \(1, 3, 4\)"),
+        ((r, weight, z, None, gates), "there is no a"),
+        ((r[0], weight, z, a, gates), r"r must be \(B, T, R, V\)"),
+    ]:
+        r_, weight_, z_, a_, gates_ = wrong
+        with pytest.raises(ValueError, match=message):
+            read_out(r_, weight_, 1e-3, z_, a_, gates_, backend=backend)
+
+
+def test_a_weight_that_is_a_view():
+    r, _, z, a, gates = draw(1, 3, 2, 8)
+    for weight in (torch.randn(8, 2, dtype=torch.float64)[:, 0], torch.ones(1, dtype=torch.float64).expand(8)):
+        one, other = (read_out(r, weight, 1e-3, z, a, gates, backend=name) for name in ("triton", "naive"))
+        assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_dtype_is_that_of_the_memorys_answer(backend):
+    r, weight, z, a, gates = (x.float() for x in draw(1, 3, 2, 8))
+    assert read_out(r.bfloat16(), weight, 1e-3, z, a, gates, backend=backend).dtype == torch.bfloat16

@@ -365,8 +365,12 @@ class TestMeaning:
 
 @pytest.mark.parametrize("backend", ["naive", "torch"])
 class TestInterface:
-    def test_no_tokens(self, backend):
+    def test_no_tokens_and_no_sequences(self, backend):
         assert routed_attention(**make(T=0, groups=2), backend=backend).shape == (1, 0, 4, 3)
+        inputs = make(B=0, T=2 * torch_gathered.DENSE_BELOW, groups=2)
+        o = routed_attention(**inputs, backend=backend)
+        assert o.shape == (0, 2 * torch_gathered.DENSE_BELOW, 4, 3)
+        o.sum().backward()
 
     def test_the_output_has_the_dtype_of_the_values(self, backend):
         inputs = {n: x if x is None or n == "stored" else x.bfloat16() for n, x in make().items()}
@@ -379,6 +383,8 @@ class TestInterface:
             ({"v": torch.zeros(1, 19, 2, 3)}, "q, k and v do not fit"),
             ({"stored": torch.zeros(1, 20, 1, dtype=torch.bool)}, r"stored must be \(1, 20, 2\)"),
             ({"stored": torch.zeros(1, 20, 2)}, "stored must be bool, got torch.float32"),
+            ({"stored": None}, "stored must be bool, got None"),
+            ({name: torch.zeros(1, 20, 4) for name in "qkv"}, "q, k and v do not fit"),
             ({"bias": torch.zeros(1, 20)}, r"bias must be \(1, 20, 2\)"),
             ({"window": -1}, "window must not be negative, got -1"),
             ({"cu_seqlens": torch.tensor([0, 19])}, "cu_seqlens must rise from 0 to 20"),

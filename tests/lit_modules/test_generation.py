@@ -188,7 +188,7 @@ def test_a_prompt_that_needs_more_memory_than_allowed(decoders):
     [
         ([torch.zeros(0, dtype=torch.long)], {}, "a prompt must have at least one token"),
         ([], {}, "a prompt must have at least one token"),
-        (None, {"temperature": -1}, "temperature must be at least 0, got -1"),
+        (None, {"temperature": -1}, "temperature must be finite and at least 0, got -1"),
         (None, {"top_p": 0}, "top_p must be above 0 and at most 1, got 0"),
         (None, {"prefill": 0}, "prefill must be at least 1, got 0"),
         (None, {"max_kv_bytes": -1}, "max_kv_bytes must be at least 1, got -1"),
@@ -197,3 +197,13 @@ def test_a_prompt_that_needs_more_memory_than_allowed(decoders):
 def test_mistakes(decoders, prompts, options, message):
     with pytest.raises(SpecError, match=message):
         Continuation(decoders["gdn"], prompts_of([3]) if prompts is None else prompts, **options)
+
+
+def test_a_temperature_that_single_precision_takes_for_zero():
+    torch.manual_seed(0)
+    decoder = Decoder(11, dim=8, depth=1, mixer="gdn").eval()
+    coldest = generate(decoder, torch.ones(2, 3).long(), num_tokens=5, temperature=1e-46)
+    assert torch.equal(coldest, generate(decoder, torch.ones(2, 3).long(), num_tokens=5, temperature=0))
+    for options, message in (({"temperature": float("nan")}, "finite"), ({"num_tokens": 0}, "num_tokens")):
+        with pytest.raises(SpecError, match=message):
+            generate(decoder, torch.ones(1, 3).long(), **{"num_tokens": 2} | options)

@@ -241,6 +241,8 @@ def test_peak_memory_is_the_most_that_is_held_at_once():
         ("--lengths [0]", ["lengths", "0"]),
         ("--kv_usages [2.0]", ["kv_usages", "2.0"]),
         ("--lengths [many]", ["lengths", "many"]),
+        ("--device tpu", ["unknown device 'tpu'", "cuda"]),
+        ("--tokens -5", ["tokens", "-5"]),
         ("--only [nobody] --groups [delta_rule] --lengths [8]", ["unknown contestant 'nobody'", "sdpa"]),
     ],
 )
@@ -265,3 +267,11 @@ def test_table_and_plots_are_written_anew_and_say_what_the_memory_leaves_out(run
     assert (tmp_path / "results.json").read_bytes() == figures
     (tmp_path / "results.json").write_text('{"runs": []}')
     assert "holds no benchmark" in run(f"bench --redraw {tmp_path}").error
+
+
+def test_a_mistake_is_found_before_anything_is_measured(run, fake, here):
+    fake({"a": lambda case: pytest.fail("measured")})
+    line = f"bench {SMALL} --groups [mixers] --lengths [8]"
+    assert "unknown contestant 'b'; known: a" in run(f"{line} --only [a,b]").err
+    (here / "file").touch()
+    assert "file" in run(f"{line} --out file/folder").error

@@ -331,7 +331,8 @@ def test_a_mistake_is_named_before_anything_is_written(arguments, message, tmp_p
 
 
 def test_a_trained_model_is_tested_at_other_usages_too(tmp_path, run):
-    cell = "{mixer: {name: ham, num_heads: 2, head_dim: 4}, router: [cosine], budget: [fixed, {name: any, allocate: false}]}"
+    budgets = "budget: [fixed, {name: any, allocate: false}]"
+    cell = f"{{mixer: {{name: ham, num_heads: 2, head_dim: 4}}, router: [cosine], {budgets}}}"
     contestants = tmp_path / "cells.yaml"
     contestants.write_text(f"contestants: [{cell}, {{mixer: {{name: gdn, num_heads: 2, head_dim: 4}}}}]")
     out = tmp_path / "out"

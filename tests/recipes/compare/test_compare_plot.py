@@ -126,3 +126,17 @@ def test_bytes_have_ticks_however_near_they_are(most, shown):
     labels = axes.xaxis.get_major_formatter().format_ticks(axes.xaxis.get_majorticklocs())
     assert shown < {*labels} and ("40 KiB" in labels) == (most < 100_000)
     assert axes.get_xlim()[1] > 1.99 * axes.get_xlim()[0]
+
+
+def test_a_label_keeps_its_own_numbers_and_a_level_is_no_part_of_a_curve():
+    by_label = {
+        f"taps 12 {usage}": rows(f"taps 12 {usage}", [0.5], "ham", router="cosine", kv_usage=usage)
+        for usage in (0.25, 1)
+    }
+    by_label |= {"mine": rows("mine", [0.2], "ham")}
+    by_label |= {f"mine {u}": rows(f"mine {u}", [0.5], "ham", router="cosine", kv_usage=u) for u in (0.25, 1)}
+    assert [(line.name, line.x) for line in usage_lines(by_label)] == [
+        ("taps 12", [0.25, 1]),
+        ("mine", [LEVEL]),
+        ("mine", [0.25, 1]),
+    ]
