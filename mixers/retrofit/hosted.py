@@ -204,11 +204,6 @@ class HostedHAM(Mixer):
         """Whether the router wants the memory's prediction, so that all tokens are written."""
         return self.router.predict != "none"
 
-    @property
-    def is_fitted(self) -> bool:
-        """Whether its router has weights, which `recipes retrofit` fits: no loss of a training loop reaches them."""
-        return any(True for _ in self.router.parameters())
-
     def init_state(self, batch_size: int, device=None, dtype=None) -> HostedState:
         device = self.head_bias.device if device is None else device
         dtype = torch.float32 if dtype is None else dtype

@@ -118,9 +118,10 @@ def attention(
     else:
         out = part(rows, call.cache.state_for(part, x, how.get("cu_seqlens")), **how)
         call.cache.keep(out.state, T)
-    part.routing = (
-        None if out.routing is None else out.routing.map(Tensor.detach)
-    )  # kept, it would keep the graph of the call
+    if out.routing is None:  # nothing but padding, of which a mixer gives back its input
+        part.routing = None
+        return v.new_zeros(B, T, q.shape[2], v.shape[3]), None
+    part.routing = out.routing.map(Tensor.detach)  # kept, it would keep the graph of the call
     return out.hidden.reshape(B, T, q.shape[2], -1), None
 
 

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from mixers import build_mixer, calibrate, set_kv_usage, swap_mixers
 from mixers.hf import MixerConfig, MixerForCausalLM
+from mixers.retrofit import attach
 from mixers.threshold import thresholds_of
 from tests.mixers.hosts import Attention, Stack, decoder, plain, tokens
 
@@ -177,3 +178,36 @@ def test_more_tokens(tie):
 def test_hidden_states_are_refused():
     with pytest.raises(ValueError, match="MixerForCausalLM gives logits alone: output_hidden_states=True"):
         ours()(tokens(1, 5), output_hidden_states=True)
+
+
+@pytest.mark.parametrize("kind", ["swapped", "attached"])
+def test_a_static_cache_is_refused(kind):
+    """Layers beside ours would attend to its empty places."""
+    made = decoder("llama", HAM, dtype=torch.float32) if kind == "swapped" else plain("llama")[0]
+    if kind == "attached":
+        attach(made, layers=[0])
+    with pytest.raises(ValueError, match="a static cache was asked for"):
+        made.eval().generate(tokens(2, 8), max_new_tokens=2, cache_implementation="static", pad_token_id=0)
+
+
+def test_batches_that_are_accumulated_weigh_a_routers_loss_once():
+    torch.manual_seed(0)
+    mixer = {"name": "ham", "num_heads": 2, "router": "demand", "threshold": {"name": "fixed", "tau": 0.5}}
+    made = MixerForCausalLM(MixerConfig(vocab_size=50, dim=32, depth=2, mixer=mixer)).double().train()
+    ids = tokens(4, 20)
+
+    def gradients(parts):
+        made.zero_grad()
+        for part in ids.chunk(parts):
+            made(part, labels=part, num_items_in_batch=ids[:, 1:].numel()).loss.backward()
+        return torch.cat([w.grad.flatten() for name, w in made.named_parameters() if ".router." in name]).norm()
+
+    assert_close(gradients(4), gradients(1), rtol=0.3, atol=0)  # a part's own loss is not quite a part of the whole's
+
+
+def test_what_transformers_asks_of_a_model():
+    made, ids = ours().eval(), tokens(2, 8)
+    logits = made(ids).logits
+    assert torch.equal(made(ids, return_dict=False)[0], logits)
+    with pytest.raises(ValueError, match="reads input_ids: inputs_embeds were given"):
+        made(inputs_embeds=made.get_input_embeddings()(ids))

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.recipes.conftest import sentences
 
@@ -58,6 +58,8 @@ def test_tokens_are_written_trained_on_and_gone_on_with(run, here, corpus):
     assert run(f"export --ckpt_path {middle} --out exported").code == 0
     exported = AutoTokenizer.from_pretrained("exported")
     assert exported.eos_token == "<end>" and "stores" in exported.decode(exported("stores")["input_ids"])
+    ends = AutoModelForCausalLM.from_pretrained("exported").generation_config
+    assert ends.eos_token_id == ends.pad_token_id == exported.eos_token_id
     assert run(f"sweep --ckpt_paths [{middle}] --kv_usages [0.5] --out sweep").code == 0
     assert "perplexity when tested at" in (here / "sweep/table.md").read_text()
     prompted = "--trainer.callbacks+ lit_modules.callbacks.SampleText --trainer.callbacks.prompt stores"

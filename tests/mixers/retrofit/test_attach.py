@@ -192,11 +192,32 @@ def test_what_is_generated_in_training_moves_no_threshold():
     model = attached(host(), router="key_norm", window=4, sinks=2)
     calibrate(model, [X])
     set_kv_usage(model.train(), 0.5)
-    model.generate(X, max_new_tokens=1, do_sample=False)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    for _ in range(3):
+        model.generate(X[:, :20] * 0 + 7, max_new_tokens=2, do_sample=False)
+    assert not any(threshold._pending for threshold in thresholds_of(model))
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, before[name]), name
+
+
+@torch.no_grad()
+def test_nothing_but_padding():
+    """As the host, with and without a cache that holds something; what it answers is of no account."""
+    model = attached(host(), window=4)
     cache = model(X).past_key_values
-    before = [{layer: len(scores) for layer, scores in t._pending.items()} for t in thresholds_of(model)]
-    model(X[:, :1], past_key_values=cache)
-    assert before == [{layer: len(scores) for layer, scores in t._pending.items()} for t in thresholds_of(model)]
+    for told in ({}, {"past_key_values": cache, "attention_mask": torch.cat([LEFT * 0 + 1, LEFT * 0], 1)}):
+        out = model(X, **{"attention_mask": LEFT * 0} | told)
+        assert out.logits.shape[:2] == X.shape and out.logits.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_generating_under_autocast(dtype):
+    plain = host()
+    options = dict(max_new_tokens=3, do_sample=False)
+    with torch.autocast("cpu", dtype):
+        expected, got = (model.generate(X, **options) for model in (plain, attached(plain)))
+    assert got.shape == expected.shape and torch.equal(got[:, : X.shape[1]], X)
 
 
 @torch.no_grad()

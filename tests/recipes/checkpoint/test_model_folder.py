@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from mixers import calibrate, set_kv_usage
+from mixers import calibrate, set_kv_usage, swap_mixers
 from mixers.hf import byte_tokenizer
 from mixers.retrofit import attach
 from recipes.checkpoint.harness import LightningMixersLM
@@ -167,6 +167,27 @@ def test_mistakes(run, folder, copied, checkpoint, texts, tmp_path):
     assert "--text goes with folders" in last_line(run(f"sweep --ckpt_paths [{checkpoint}] --text [{texts}]"))
     assert "others are checkpoints" in last_line(run(f"sweep --ckpt_paths [{folder},{checkpoint}] --text [{texts}]"))
     assert "less than --long 600" in last_line(run(f"sweep --ckpt_paths [{folder}] --text [{texts}] --long 600"))
+
+
+def test_a_folder_of_swapped_mixers_is_not_taken_for_the_hosts(run, tmp_path, texts):
+    """Opened as the host's class its attention would be drawn at random."""
+    swapped = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    swap_mixers(swapped, "ham", where="*.self_attn")
+    swapped.save_pretrained(tmp_path / "swapped")
+    byte_tokenizer().save_pretrained(tmp_path / "swapped")
+    for line in ("generate --prompt a", "lm_eval --tasks no_such_task"):
+        assert "opened by mixers.hf.swapped" in last_line(run(f"{line} --ckpt_path {tmp_path / 'swapped'}"))
+    line = f"retrofit --model {tmp_path / 'swapped'} --text {texts} --out {tmp_path / 'new'}"
+    assert "of its model's weights" in last_line(run(line))
+    assert not (tmp_path / "new").exists()
+
+
+def test_models_of_one_name_are_told_apart_by_their_paths(run, folder, tmp_path, texts):
+    paths = [shutil.copytree(folder, tmp_path / part / "ham") for part in "ab"]
+    line = f"sweep --ckpt_paths [{paths[0]},{paths[1]}] --text {texts / 'one.txt'} --kv_usages [1]"
+    assert run(f"{line} --out {tmp_path / 'out'}").code == 0
+    table = (tmp_path / "out/table.md").read_text()
+    assert all(str(path) in table for path in paths)
 
 
 def test_a_folder_that_is_not_whole(run, copied, texts):
