@@ -393,17 +393,3 @@ def test_no_sequence_at_all(backend):
     assert (o.shape, p.shape, state.shape) == ((0, 5, 2, 4), (0, 5, 2, 4), (0, 2, 3, 4))
     o.sum().backward()
     assert qk.grad.shape == qk.shape
-
-
-def test_a_second_derivative_is_refused_and_not_taken_for_zero():
-    """By `torch`; the definition has one, and Triton's operators raise by themselves."""
-    inputs = make(T=9)
-    leaves = [*inputs.values()]
-
-    def penalty(backend):
-        first = torch.autograd.grad(gated_delta_rule(**inputs, backend=backend)[0].sum(), leaves[:2], create_graph=True)
-        return torch.autograd.grad(sum(x.square().sum() for x in first), leaves[2])
-
-    with pytest.raises(RuntimeError, match="the torch backend of delta_rule has no second derivative"):
-        penalty("torch")
-    assert penalty("naive")[0].abs().max() > 1e-3

@@ -151,8 +151,7 @@ class TestTriton:
         [
             (None, 45, 5),
             ([0, 60, 100], 37, 16),
-            pytest.param(None, 0, 16, marks=pytest.mark.slow),
-            pytest.param([0, 60, 63, 100], 0, 5, marks=pytest.mark.slow),
+            *(pytest.param(*at, marks=pytest.mark.slow) for at in ((None, 0, 16), ([0, 60, 63, 100], 0, 5))),
         ],
         ids=str,
     )
@@ -176,8 +175,7 @@ class TestTriton:
             (16, 32, None),
             (128, 128, [0, 70, 70, 150]),
             (256, 256, [0, 9, 80]),
-            pytest.param(128, 128, None, marks=pytest.mark.slow),
-            pytest.param(256, 256, None, marks=pytest.mark.slow),
+            *(pytest.param(K, K, None, marks=pytest.mark.slow) for K in (128, 256)),
         ],
     )
     def test_at_the_sizes_that_models_have(self, K, V, bounds):
@@ -367,9 +365,8 @@ class TestMeaning:
 class TestInterface:
     def test_no_tokens_and_no_sequences(self, backend):
         assert routed_attention(**make(T=0, groups=2), backend=backend).shape == (1, 0, 4, 3)
-        inputs = make(B=0, T=2 * torch_gathered.DENSE_BELOW, groups=2)
-        o = routed_attention(**inputs, backend=backend)
-        assert o.shape == (0, 2 * torch_gathered.DENSE_BELOW, 4, 3)
+        o = routed_attention(**make(B=0, T=300, groups=2), backend=backend)  # where the torch backend gathers
+        assert o.shape == (0, 300, 4, 3)
         o.sum().backward()
 
     def test_the_output_has_the_dtype_of_the_values(self, backend):

@@ -70,14 +70,6 @@ def test_the_input_is_all_that_is_kept():
     assert sum(t.numel() for t in kept) == x.numel() + weight.numel()
 
 
-def test_a_second_derivative_is_refused_and_not_taken_for_zero():
-    x, weight = draw()
-    for wanted in (x, weight):
-        with pytest.raises(RuntimeError, match="short_convolution has no second derivative"):
-            torch.autograd.grad(short_convolution(x, weight).sum(), wanted, create_graph=True)
-    torch.autograd.grad(short_convolution(x, weight).sum(), [x, weight])
-
-
 def test_shapes_that_do_not_fit():
     for x, weight in ((2, 9, 8), (4, 1)), ((2, 9, 1), (4, 8)), ((2, 1, 8), (4, 8)), ((9, 8), (4, 8)):
         with pytest.raises(ValueError, match="do not fit"):
