@@ -152,9 +152,7 @@ class HAM(GatedDeltaNet):
         inputs = self._router_inputs(given, q, m, state, layout)
         ranked, remembered = self._score(inputs)
         scores, window = ranked + self.head_bias.float(), self.window_size()
-        # in whatever mode, a model that goes on from a state without gradients generates, unless it is calibrated
-        learns = state is None or torch.is_grad_enabled() or self.threshold.averaging
-        learning = self.training and learns
+        learning = self.training and self.threshold.learns(state)
         if learning:
             always = counted(scores, layout, inputs.positions, window, self.sinks)
             self.threshold.observe(self.layer_index, always)

@@ -113,8 +113,9 @@ class MixerForCausalLM(PreTrainedModel, GenerationMixin, DescribesMixers):
         """
         if told.get("output_hidden_states"):
             raise ValueError(f"{type(self).__name__} gives logits alone: output_hidden_states=True was asked for")
-        if told.get("inputs_embeds") is not None:
-            raise ValueError(f"{type(self).__name__} reads input_ids: inputs_embeds were given")
+        if input_ids is None or told.get("inputs_embeds") is not None:
+            given = "nothing was" if told.get("inputs_embeds") is None else "inputs_embeds were"
+            raise ValueError(f"{type(self).__name__} reads input_ids: {given} given")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         x = input_ids[..., None]

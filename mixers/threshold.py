@@ -161,6 +161,13 @@ class Threshold(nn.Module):
         """The score that a share `kv_usage` of the scores seen lies above, (groups,)."""
         return value_above(self.table, kv_usage)
 
+    def learns(self, state: object | None) -> bool:
+        """Whether a mixer in training mode learns from a call: not where it goes on from a state without gradients.
+
+        It then generates, unless the threshold is being calibrated.
+        """
+        return state is None or torch.is_grad_enabled() or self.averaging
+
     @torch.no_grad()
     def observe(self, layer: int, scores: Tensor) -> None:
         """Note a layer's scores (B, T, H) of a training step, infinite where a token is kept whatever its score.

@@ -236,9 +236,7 @@ class HostedHAM(Mixer):
         inputs = self._router_inputs(h, q, k, v, prediction, g, beta, positions, state, layout)
         scores, remembered = score(self.router, inputs)
         scores = scores.float() + self.head_bias.float()
-        # in whatever mode, a model that goes on from a state without gradients generates, unless it is calibrated
-        learns = state is None or torch.is_grad_enabled() or self.threshold.averaging
-        learning = self.training and learns
+        learning = self.training and self.threshold.learns(state)
         if learning:
             always = counted(scores, layout, positions, self.window_size(), self.sinks)
             self.threshold.observe(self.layer_index, always)

@@ -211,3 +211,5 @@ def test_what_transformers_asks_of_a_model():
     assert torch.equal(made(ids, return_dict=False)[0], logits)
     with pytest.raises(ValueError, match="reads input_ids: inputs_embeds were given"):
         made(inputs_embeds=made.get_input_embeddings()(ids))
+    with pytest.raises(ValueError, match="reads input_ids: nothing was given"):
+        made()

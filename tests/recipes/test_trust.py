@@ -132,8 +132,11 @@ def forget(module):
     ROUTERS._registered.pop("by_length", None)
 
 
-@pytest.mark.parametrize("as_file", [False, True])
-def test_a_plug_in_is_asked_for_again_and_by_its_class(run, here, tiny, parts, as_file):
+@pytest.mark.parametrize(
+    ("as_file", "commands"),
+    [(False, FIT + ONE), (True, FIT + ONE), pytest.param(False, ALL, marks=pytest.mark.slow)],
+)
+def test_a_plug_in_is_asked_for_again_and_by_its_class(run, here, tiny, parts, as_file, commands):
     given = f"./{parts}.py" if as_file else parts
     result = run(f"fit {tiny} --plugin {given} --mixer mine --router by_length")
     assert result.code == 0, result.err
@@ -143,12 +146,12 @@ def test_a_plug_in_is_asked_for_again_and_by_its_class(run, here, tiny, parts, a
     for options in (saved["hyper_parameters"], saved["recipe"]["model"]["init_args"]):
         assert options["mixer"]["name"] == f"{parts}.Mine"
         assert options["router"]["name"] == f"{parts}.ByLength"
-    for command in FIT + ONE:
+    for command in commands:
         forget(parts)
         shutil.rmtree("new", ignore_errors=True)
         line = COMMANDS[command].format(path=path).replace("no_such_task", "")
         assert f"add --plugin {parts}" in run(line).error
-        if command in ("fit", "generate"):  # all open it by the same function
+        if command in ("fit", "test", "generate", "export"):  # all open it by the same function
             result = run(f"{line} --plugin {given}")
             assert result.code == 0, (line, result.err)
 
