@@ -4,7 +4,7 @@ fixed  every sequence at the usage that the mixers are set to
 any    each sequence at a usage of its own: a share `zero` at 0, a share `one` at 1, the others uniform between
 
 With `any`, what is learned at one usage is no gift to another. More zeros help the model that stores nothing, which has
-to do alone what attention does elsewhere (README, "One model for every budget").
+to do alone what attention does elsewhere (docs/results.md, "One model for every budget").
 """
 
 from dataclasses import dataclass

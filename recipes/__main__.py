@@ -50,6 +50,7 @@ COMMANDS = {
 }
 FUNCTIONS = ("compare", "bench", "cost", "doctor", "generate", "calibrate", "retrofit", "contest", "export", "sweep")
 FUNCTIONS += ("convert", "figures", "launches", "tokenize")
+BOOLS = ("true", "false")
 
 
 def usage() -> str:
@@ -98,7 +99,8 @@ def run(command: str, args: list[str]) -> int:
 
     options = inspect.signature(function).parameters
     switches = {f"--{key}" for key, option in options.items() if option.annotation in (bool, "bool")}
-    args = [f"{arg}=true" if arg in switches else arg for arg in args]
+    pairs = zip(args, [*args, ""][1:], strict=True)  # `--memory` alone says yes, `--memory false` no
+    args = [f"{arg}=true" if arg in switches and word.lower() not in BOOLS else arg for arg, word in pairs]
     how = {"prog": f"{program()} {command}", "as_positional": False, "exit_on_error": False, "allow_abbrev": False}
     how["description"] = (inspect.getdoc(function) or "").partition("\nArgs:")[0].strip()  # jsonargparse's: one line
     try:

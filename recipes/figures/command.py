@@ -26,7 +26,7 @@ PICTURES = {
 
 
 def figures(
-    ckpt_path: list[str] | str,
+    ckpt_path: list[str] | str = "last",
     what: str = "kept",
     text: str | None = None,
     tokens: int | None = None,

@@ -55,7 +55,7 @@ def contest(
     host: str,
     bed: str,
     retrofits: dict[int, str] | list[str],
-    out: str = "benchmarks/results/retrofit",
+    out: str = "runs/contest",
     usages: list[float] | None = None,
     seq_len: int = 2048,
     lengths: list[int] | None = None,

@@ -38,13 +38,15 @@ def test_function_as_a_command(run, monkeypatch):
     """compare and bench are plain functions, whose typed keywords become flags."""
     seen = {}
 
-    def function(*, mixers: list[str], steps: int = 10) -> None:
-        seen.update(mixers=mixers, steps=steps)
+    def function(*, mixers: list[str], steps: int = 10, memory: bool = True) -> None:
+        seen.update(mixers=mixers, steps=steps, memory=memory)
 
     monkeypatch.setitem(COMMANDS, "compare", ("recipes.messages:function", ""))
     monkeypatch.setattr("recipes.messages.function", function, raising=False)
     assert run("compare --mixers [ham,gdn] --steps 3").code == 0
-    assert seen == {"mixers": ["ham", "gdn"], "steps": 3}
+    assert seen == {"mixers": ["ham", "gdn"], "steps": 3, "memory": True}
+    for words, memory in (("--memory", True), ("--memory false", False), ("--memory=false", False)):
+        assert run(f"compare {words} --mixers [ham]").code == 0 and seen["memory"] is memory
     assert "steps" in run("compare --mixers [ham] --steps x").error
     assert "--stepz" in run("compare --mixers [ham] --stepz 3").error
 
