@@ -12,6 +12,10 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+    from tests import interpreter
+
+    interpreter.speed_up()
+
 common = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("ci", derandomize=True, max_examples=6, **common)
 settings.register_profile("explore", max_examples=150, **common)

@@ -145,6 +145,7 @@ def test_both_packages_installed_in_one_folder(theirs, wheel, tmp_path, last):
     run(OURS, THEIRS_IN_USE, "import mixers", OURS, path=[site], cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_our_wheel_alone(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     run(OURS_IN_USE, NOTHING_ELSE, path=[tmp_path / "site"], cwd=tmp_path)

@@ -43,7 +43,9 @@ def test_batches(B, T, heads, dims, taps, no_stale_memory):
         assert_close(one, other, rtol=0, atol=1e-10 * (1 + other.abs().max().item()))
 
 
-@pytest.mark.parametrize("bounds", [[0, 1, 4, 4, 41], [0, 2, 33, 35, 90]], ids=str)
+@pytest.mark.parametrize(
+    "bounds", [[0, 1, 4, 4, 41], pytest.param([0, 2, 33, 35, 90], marks=pytest.mark.slow)], ids=str
+)
 def test_packed_sequences(bounds, no_stale_memory):
     for one, other in both(1, bounds[-1], (2, 1, 1), [4, 4, 6], 4, bounds):
         assert_close(one, other, rtol=0, atol=1e-10)

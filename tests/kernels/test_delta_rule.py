@@ -174,14 +174,15 @@ def test_a_reset_forgets_and_what_follows_is_exact():
     assert torch.equal(run(changed, backend="naive")["o"][:, 3:], other["o"][:, 3:])
 
 
+LARGE = [(256, 256, 16, [0, 17, 24]), (256, 256, 16, None), (128, 128, 64, None)]
+
+
 @pytest.mark.parametrize(
     "K, V, C, bounds",
     [
         (32, 80, 32, None),
         (128, 128, 64, [0, 3, 3, 70]),
-        (256, 256, 16, [0, 17, 24]),
-        pytest.param(128, 128, 64, None, marks=pytest.mark.slow),
-        pytest.param(256, 256, 16, None, marks=pytest.mark.slow),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in LARGE),
     ],
 )
 def test_triton_at_the_sizes_that_models_have(K, V, C, bounds, no_stale_memory, monkeypatch):
@@ -211,7 +212,7 @@ def test_the_triangular_inverse(keys, C):
     assert_close(X.double(), golden, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("delta", [True, False])
+@pytest.mark.parametrize("delta", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_triton_gradients_are_those_of_finite_differences(delta, small_chunks):
     inputs = make(T=3, H=1, K=2, V=2)
 

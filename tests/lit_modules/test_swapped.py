@@ -77,7 +77,7 @@ def next_byte(model, tokens):
     return model(tokens, labels=tokens).loss
 
 
-@pytest.mark.parametrize("layers", [None, [1]], ids=["all layers", "a hybrid"])
+@pytest.mark.parametrize("layers", [None, pytest.param([1], marks=pytest.mark.slow)], ids=["all layers", "a hybrid"])
 def test_a_llama_trains_on_text_and_is_kept(tmp_path, layers):
     """Trained, generating with beams, saved, loaded, and exported for a program that knows only its class."""
     torch.manual_seed(0)

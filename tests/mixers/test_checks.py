@@ -207,6 +207,7 @@ def test_names_specs_and_options():
         check_mixer(Forgets)
 
 
+@pytest.mark.slow
 def test_they_need_no_test_tools():
     code = (
         "import sys; from mixers import check_mixer; check_mixer('gdn');"

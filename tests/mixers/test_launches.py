@@ -19,7 +19,7 @@ def on_a_gpu(monkeypatch):
 @pytest.mark.filterwarnings("ignore:the KV threshold has seen no training step")
 @pytest.mark.parametrize(
     ("name", "most", "packed", "training"),
-    [("ham", 28, True, True), ("ham", 28, False, False), ("gdn", 17, True, True)],
+    [("ham", 28, True, True), pytest.param("ham", 28, False, False, marks=pytest.mark.slow), ("gdn", 17, True, True)],
 )
 def test_a_layer_takes_few_launches(name, most, packed, training, on_a_gpu):
     """Tables of the layout are made by the first layer of a model; this is one of the others."""
@@ -35,7 +35,7 @@ def test_a_layer_takes_few_launches(name, most, packed, training, on_a_gpu):
     assert sum(found.values()) <= most and not found["tolist"], found
 
 
-@pytest.mark.parametrize(("name", "most"), [("ham", 40), ("gdn", 26)])
+@pytest.mark.parametrize(("name", "most"), [("ham", 40), pytest.param("gdn", 26, marks=pytest.mark.slow)])
 def test_autocast_casts_a_layers_input_once(name, most):
     """And a weight once; the answer is that of float32."""
     (found, hidden), (_, exact) = (layer(name, "forward", precision) for precision in ("autocast", "float32"))

@@ -139,6 +139,7 @@ def test_a_direction_that_is_known_is_not_asked_for_nor_overruled():
         assert report[0].reads == reads and f"reads {reads}\n" in str(report)
 
 
+@pytest.mark.slow
 def test_the_former_name_of_the_folder_is_known():
     code = """
 import mixers.hosts.wrappers

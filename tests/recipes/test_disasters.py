@@ -132,7 +132,7 @@ ONE_FILE = "--trainer.strategy.save_distributed_checkpoint false"
             "step=4.ckpt cannot be written: File too large",
             marks=pytest.mark.slow,
         ),
-        ("mqar", "", unwritable_at_step_3, "Permission denied"),
+        pytest.param("mqar", "", unwritable_at_step_3, "Permission denied", marks=pytest.mark.slow),
         ("workers", "", dead_worker, "is killed by signal: Killed"),
     ],
 )

@@ -71,7 +71,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     assert "give more --steps" in run("fit --ckpt_path last").error
 
 
-@pytest.mark.parametrize("end", ["calibrate", "allocate"])
+@pytest.mark.parametrize("end", [pytest.param("calibrate", marks=slow), "allocate"])
 def test_a_stop_while_the_budget_is_fitted_is_made_good(run, here, tiny, monkeypatch, end):
     def allocate(model, batches, loss, **options):
         for mixer in allocatable_mixers(model):

@@ -25,7 +25,9 @@ def parameters(mixer, **options):
         return sum(p.numel() for p in LanguageModel(vocab_size=VOCABULARY, mixer=mixer, **options).parameters())
 
 
-@pytest.mark.parametrize("size", flags.sizes())
+@pytest.mark.parametrize(
+    "size", [pytest.param(size, marks=pytest.mark.slow) if size == "ham_400m" else size for size in flags.sizes()]
+)
 @pytest.mark.parametrize("name", ["attention", "gdn", "gdn,attention"])
 def test_parameters_are_equal_to_a_percent(name, size):
     heads, options = shape(size)

@@ -134,7 +134,7 @@ def forget(module):
 
 @pytest.mark.parametrize(
     ("as_file", "commands"),
-    [(False, FIT + ONE), (True, FIT + ONE), pytest.param(False, ALL, marks=pytest.mark.slow)],
+    [(False, FIT + ONE), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((True, FIT + ONE), (False, ALL)))],
 )
 def test_a_plug_in_is_asked_for_again_and_by_its_class(run, here, tiny, parts, as_file, commands):
     given = f"./{parts}.py" if as_file else parts

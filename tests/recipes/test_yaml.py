@@ -5,6 +5,8 @@ import pytest
 from lit_modules.data import DATA, MODELS
 from recipes.flags import DATA_MODULES, recipes
 
+# Their like is tried in every test run.
+OTHERS = [f"mad_{name}" for name in ("noisy_recall", "fuzzy_recall", "compression", "memorization")] + ["mqar_zoology"]
 SMALL = "--trainer.fast_dev_run true --trainer.enable_progress_bar false --model.dim 16 --model.depth 2"
 
 
@@ -17,7 +19,11 @@ def test_mixer_recipe(run, here, texts, name):
     assert not list(here.iterdir())  # fast_dev_run writes nothing
 
 
-@pytest.mark.parametrize("name", [name for name in DATA if name != "tokens"])  # which needs a tokenizer: see there
+# All but tokens, which needs a tokenizer: see there.
+TASKS = [pytest.param(name, marks=[pytest.mark.slow] * (name in OTHERS)) for name in DATA if name != "tokens"]
+
+
+@pytest.mark.parametrize("name", TASKS)
 def test_a_task_says_what_to_train(run, here, texts, name):
     drawn = "--data.batch_size 2 --data.num_validation 2"
     size = f"--data.paths {texts} --data.held_out 0.3" if name == "text" else drawn

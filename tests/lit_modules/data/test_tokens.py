@@ -176,7 +176,7 @@ def test_too_few_documents_and_broken_ones(tokens, tmp_path):
         tokens(paths=str(tmp_path / "three.parquet"), streaming=True)
 
 
-@pytest.mark.parametrize("how", [{}, STREAM], ids=["table", "stream"])
+@pytest.mark.parametrize("how", [{}, pytest.param(STREAM, marks=pytest.mark.slow)], ids=["table", "stream"])
 def test_other_formats_hold_the_same_documents(tokens, documents, tmp_path, how):
     from datasets import Dataset
 

@@ -184,6 +184,7 @@ def test_the_roofline_is_the_share_of_the_time_that_the_machine_needs():
     assert "roofline" not in rows[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("usage", [0.25])
 def test_a_ham_in_one_head_holds_the_bytes_of_an_even_one(usage):
     one = case("mixers", "prefill", length=1024)
