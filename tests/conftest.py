@@ -3,6 +3,7 @@
 Without a GPU, Triton kernels run in Triton's interpreter; it has to be switched on before they are imported.
 """
 
+import gc
 import os
 
 import pytest
@@ -15,6 +16,9 @@ if not torch.cuda.is_available():
     from tests import interpreter
 
     interpreter.speed_up()
+    from kernels.short_convolution import triton_heads
+
+    triton_heads.STEPS = 2  # of a few tokens most of eight blocks are empty, and the interpreter runs them all
 
 common = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("ci", derandomize=True, max_examples=6, **common)
@@ -25,6 +29,12 @@ settings.load_profile("ci")
 # operations a hundred times slower.
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """What was imported stays: it need not be looked through for garbage again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -143,7 +143,7 @@ class TestTriton:
 
     @pytest.mark.parametrize(("usages", "window"), [((0.0,), 0), ((0.05,), 5), ((1.0, 0.0, 0.05), 0)], ids=str)
     def test_usages_even_and_skewed(self, in_triton, usages, window):
-        inputs = make(T=40, H=3, groups=2, usages=usages, bias=True)
+        inputs = make(T=40, H=len(usages), groups=2, usages=usages, bias=True)
         check_against_the_definition(inputs, window=window, **in_triton)
 
     @pytest.mark.parametrize(

@@ -30,8 +30,10 @@ HAMS = {
     "ham fixed": {"threshold": {"name": "fixed", "tau": 0.9}, "router": "cosine"},
     "ham learned threshold": {"threshold": "learned", "scope": "head"},
 }
+# In a run of all tests those of benchmarks/ideas are registered too: tests/benchmarks/test_ideas.py checks them.
+BUILTIN = [name for name in list_mixers() if MIXERS.origin(name).startswith("mixers.")]
 CASES = {
-    **{name: {"name": name} | {k: v for k, v in SMALL.items() if k in MIXERS.options(name)} for name in list_mixers()},
+    **{name: {"name": name} | {k: v for k, v in SMALL.items() if k in MIXERS.options(name)} for name in BUILTIN},
     **{case: {"name": "ham", **SMALL, **options} for case, options in HAMS.items()},
     "gdn grouped queries": {"name": "gdn", **SMALL, "num_heads": 6, "num_kv_heads": 2, "bias": True},
     "attention bias": {"name": "attention", **SMALL, "bias": True},

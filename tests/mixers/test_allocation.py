@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import mixers.allocation
 from mixers import Decoder, SpecError, allocate, set_kv_usage
 from mixers.threshold import thresholds_of
 
@@ -75,7 +76,8 @@ def test_heads_whose_scores_lie_far_apart_are_brought_together():
     assert usage(model, torch.cat(batches(4, seed=2)))[0].mean() > 0.4
 
 
-def test_nothing_is_moved_without_a_gain_and_nothing_else_ever():
+def test_nothing_is_moved_without_a_gain_and_nothing_else_ever(monkeypatch):
+    monkeypatch.setattr(mixers.allocation, "DOUBLINGS", 2)
     model = make(router="demand", kv_usage=0.3).train()
     model.blocks[0].eval()
     modes = [module.training for module in model.modules()]
@@ -87,7 +89,8 @@ def test_nothing_is_moved_without_a_gain_and_nothing_else_ever():
     assert next(thresholds_of(model)).kv_usage == 0.3
 
 
-def test_it_is_saved_with_the_model():
+def test_it_is_saved_with_the_model(monkeypatch):
+    monkeypatch.setattr(mixers.allocation, "DOUBLINGS", 1)  # how well it allocates is asked above
     model = make(kv_usage=0.25)
     allocate(model, batches(2), misses(model, 1))
     again = make(kv_usage=0.25)
@@ -96,7 +99,8 @@ def test_it_is_saved_with_the_model():
 
 
 @pytest.mark.parametrize("threshold", ["calibrated", "learned", pytest.param("controlled", marks=pytest.mark.slow)])
-def test_mistakes_and_interruptions_leave_the_model_as_it_was(threshold):
+def test_mistakes_and_interruptions_leave_the_model_as_it_was(threshold, monkeypatch):
+    monkeypatch.setattr(mixers.allocation, "DOUBLINGS", 1)
     model = make(router="residual", threshold=threshold)
     allocate(model, batches(1), misses(model, 1))
     with torch.no_grad():

@@ -17,9 +17,9 @@ from mixers import (
     SpecError,
     check_mixer,
     check_router,
-    list_mixers,
     list_routers,
 )
+from tests.mixers.cases import BUILTIN
 from tests.mixers.test_router_states import WRONG, Forgets, Twice, Unusual
 
 
@@ -139,7 +139,7 @@ def test_a_right_mixer_passes():
     check_mixer(Decay, dim=5, dtype=torch.float32, decay=0.5, bias=False)
 
 
-@pytest.mark.parametrize("name", list_mixers())
+@pytest.mark.parametrize("name", BUILTIN)
 def test_registered_mixers_pass(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,13 +1,14 @@
 """Two processes agree on a threshold, and FSDP2 does what one process does, with the Triton operators in the middle."""
 
 import torch
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 
 from mixers import Decoder
 from mixers.registry import THRESHOLDS
+from tests import interpreter
+from tests.recipes.processes import FORKS
 
 
 def make():
@@ -50,6 +51,7 @@ def pooled(*scores, scope="model"):
 
 
 def run_rank(rank, folder):
+    interpreter.speed_up()
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     found = {"taus": list(taus(rank)), "tables": [pooled(seen(rank), scope=scope) for scope in ("model", "head")]}
@@ -65,8 +67,13 @@ def run_rank(rank, folder):
 
 
 def test_two_processes_do_as_one(tmp_path):
-    """In new processes: one that is forked after torch was used may hang."""
-    mp.spawn(run_rank, (tmp_path,), nprocs=2)
+    """In processes forked from one that has used torch for nothing yet: others may hang."""
+    ranks = [FORKS.Process(target=run_rank, args=(rank, tmp_path), daemon=True) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(240)
+    assert [process.exitcode for process in ranks] == [0, 0]
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert [one["taus"] for one in found] == [[0.5, 0.75]] * 2  # tau lies between; half of all tokens are stored
     for one in found:

@@ -5,6 +5,7 @@ import random
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import pytest
 from matplotlib.figure import Figure
@@ -12,14 +13,16 @@ from matplotlib.figure import Figure
 import lit_modules.callbacks
 import lit_modules.routing_monitor
 from lit_modules.generation import generate
+from mixers.calibration import calibrate
 from recipes.__main__ import main
 
 TINY = (
     "--steps 6 --model.dim 16 --model.depth 2 --data.seq_len 32 --data.batch_tokens 64 --data.held_out 0.3"
-    " --data.validation_tokens 256 --data.test_tokens 1024 --trainer.val_check_interval 4"
+    " --data.validation_tokens 128 --data.test_tokens 256 --trainer.val_check_interval 4"
     " --trainer.enable_progress_bar false"
 )
 
+CALIBRATED = 4  # batches that thresholds are fitted to at the end of a run, in place of 16
 PIECES = "--data.seq_len 32 --data.batch_tokens 64 --data.held_out 0.3 --data.validation_tokens 256"
 TOKENS = (
     f"--data tokens --data.paths DATA/texts.jsonl --data.tokenizer DATA/tokenizer.json --data.eos_token <e> {PIECES}"
@@ -49,11 +52,18 @@ class Result:
         return lines[0].removeprefix("error: ")
 
 
+def calibrate_little(model, batches, **options):
+    return calibrate(model, islice(batches, CALIBRATED), **options)
+
+
 @contextmanager
 def cheap_ends():
-    """Runs end with a picture and a sample, which cost more than all the rest and have tests of their own."""
+    """Runs end with a calibration, a picture and a sample, which cost most and have tests of their own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lit_modules.callbacks, "generate", lambda *args, **kw: generate(*args, **kw | {"num_tokens": 4}))
+        patch.setattr(
+            lit_modules.callbacks, "calibrate", lambda x, of, **kw: calibrate(x, islice(of, CALIBRATED), **kw)
+        )
         patch.setattr(lit_modules.routing_monitor, "routing_figure", lambda *args, **kw: Figure(figsize=(1, 1)))
         yield
 

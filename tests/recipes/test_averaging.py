@@ -12,6 +12,7 @@ from lit_modules.averaging import WeightAverage
 from lit_modules.strategies import FSDP2
 from mixers import SpecError
 from recipes.checkpoint.opening import open_checkpoint
+from tests.recipes.conftest import CALIBRATED
 
 EVERY_STEP = (
     "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint --trainer.callbacks.save_top_k=-1"
@@ -54,7 +55,7 @@ def test_the_mean_is_calibrated_and_validated(mean, run, monkeypatch):
     data.setup("fit")
     before = {name: x for name, x in checkpoint["current_model_state"].items() if "threshold" in name}
     model.load_state_dict(before, strict=False)  # what is stored while the first batch is read
-    mixers.calibrate(model, islice(data.train_dataloader(), 16), run=model.decode)
+    mixers.calibrate(model, islice(data.train_dataloader(), CALIBRATED), run=model.decode)
     name = next(name for name in checkpoint["state_dict"] if name.endswith("threshold.table"))
     torch.testing.assert_close(model.state_dict()[name], checkpoint["state_dict"][name])
     assert not torch.equal(checkpoint["current_model_state"][name], checkpoint["state_dict"][name])
@@ -65,7 +66,7 @@ def test_the_mean_is_calibrated_and_validated(mean, run, monkeypatch):
     assert float(line.replace("│", " ").split()[-1]) == pytest.approx(logged[-1], rel=1e-5)
 
 
-@pytest.mark.parametrize("step", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [4, pytest.param(2, marks=pytest.mark.slow)])
 def test_it_goes_on_to_the_bit(step, mean, run, here):
     assert run(f"fit --ckpt_path {mean}/checkpoints/all-step={step}.ckpt").code == 0
     ours, theirs = saved(here / "runs/ham-text-1", 6), saved(mean, 6)

@@ -3,13 +3,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from recipes.__main__ import COMMANDS
+from tests.recipes import processes
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "lightning", "jsonargparse", "numpy", "yaml"}
@@ -51,22 +52,21 @@ def test_function_as_a_command(run, monkeypatch):
     assert "--stepz" in run("compare --mixers [ham] --stepz 3").error
 
 
-def test_exit_codes_of_the_process(trained, tmp_path):
-    """In processes of their own, as a user has it: a mistake, and SIGTERM in the middle of training."""
-    checkpoint = trained / "runs/ham-text-1/checkpoints/last.ckpt"
+def test_exit_code_of_a_mistake(tmp_path):
+    """In a process of its own, as a user has it."""
     wrong = start("fti --mixer ham", tmp_path)
-    long = start(f"fit --ckpt_path {checkpoint} --steps 20000", tmp_path)
     out, err = wrong.communicate()
     assert (wrong.returncode, out) == (2, "")
     assert err.startswith("error: unknown command 'fti'") and err.count("\n") == 1
 
-    saved = tmp_path / "runs/ham-text-1/checkpoints/last.ckpt"
-    while not saved.exists() and long.poll() is None:
-        time.sleep(0.1)
-    long.send_signal(signal.SIGTERM)
-    out, err = long.communicate()
-    assert saved.exists() and long.returncode == 143, err
-    assert "go on with\n  python -m recipes fit --ckpt_path runs/ham-text-1/checkpoints/" in out
+
+def test_exit_code_of_a_run_that_is_ended(trained, tmp_path):
+    """By SIGTERM in the middle of training, in a forked process: another interpreter takes ten seconds to start."""
+    checkpoint = trained / "runs/ham-text-1/checkpoints/last.ckpt"
+    blow = partial(processes.arm, to=0, place="training", step=8, signum=signal.SIGTERM)
+    codes, said = processes.run(f"fit --ckpt_path {checkpoint} --steps 20000", tmp_path, change=blow)
+    assert codes == [143] and (tmp_path / "runs/ham-text-1/checkpoints/last.ckpt").exists(), said
+    assert "go on with\n  python -m recipes fit --ckpt_path runs/ham-text-1/checkpoints/" in said[0]
 
 
 def start(line: str, folder: Path) -> subprocess.Popen:

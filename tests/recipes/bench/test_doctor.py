@@ -13,7 +13,8 @@ from recipes.bench.cells import DTYPES, cells_of, compile_all
 
 
 def test_all_is_well_here(run, tmp_path):
-    result = run(f"doctor --lengths [5] --out {tmp_path}")
+    here = "" if torch.cuda.is_available() else "--interpret "  # there the kernels are tried with heads of 16
+    result = run(f"doctor {here}--lengths [5] --out {tmp_path}")
     assert result.code == 0 and "all well" in result.out
     checks = json.loads((tmp_path / "doctor.json").read_text())["checks"]
     assert {(row["operation"], row["backend"]) for row in checks} >= {
