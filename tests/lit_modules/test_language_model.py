@@ -179,7 +179,9 @@ def test_names_that_come_back_are_measured_apart(tmp_path, make_trainer, make_mo
     assert plain["val/bits_per_byte"] == logged["val/bits_per_byte"] and not any("name" in key for key in plain)
 
 
-@pytest.mark.parametrize(("task", "micro_batches"), [("mqar", 1), ("text", 1), ("text", 2)])
+@pytest.mark.parametrize(
+    ("task", "micro_batches"), [("mqar", 1), pytest.param("text", 1, marks=pytest.mark.slow), ("text", 2)]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(
     tmp_path, make_trainer, make_model, make_mqar, text, task, micro_batches
 ):

@@ -133,7 +133,7 @@ def test_a_transformer_encoder_trains_on_padded_sequences():
     def loss(model, tokens, real, label):
         return F.cross_entropy(model(tokens, real), label)
 
-    before, after = fit(model, loss, data, steps=30, batch_size=64)
+    before, after = fit(model, loss, data, steps=10, batch_size=64)
     assert after < before and not untouched(model, loss, data)
     check_usage(model, data[:2])
 
@@ -147,6 +147,6 @@ def test_a_vision_transformer_trains():
     model = ViTForImageClassification(config)
     swap_mixers(model, HAM, where="*.attention")
     data = [torch.randn(32, 1, 16, 16), torch.arange(32) % 4]
-    before, after = fit(model, lambda m, x, y: m(x, labels=y).loss, data, steps=30, batch_size=32)
+    before, after = fit(model, lambda m, x, y: m(x, labels=y).loss, data, steps=10, batch_size=32)
     assert after < before and not untouched(model, lambda m, x, y: m(x, labels=y).loss, data)
     check_usage(model, data[:1])

@@ -32,7 +32,7 @@ def test_callbacks_come_in_the_order_that_a_run_needs():
     assert in_order([ModelCheckpoint(), own])[0] is own and in_order([]) == []
 
 
-def test_the_order_in_a_recipe_does_not_matter(run, here, tiny, monkeypatch):
+def test_the_order_in_a_recipe_does_not_matter(run, trained, here, tiny, monkeypatch):
     """A callback that saves, put first, saves thresholds that were fitted; and all runs the same."""
     (here / "own_callbacks.py").write_text(OWN)
     monkeypatch.syspath_prepend(here)
@@ -40,10 +40,10 @@ def test_the_order_in_a_recipe_does_not_matter(run, here, tiny, monkeypatch):
     (here / "turned.yaml").write_text(
         yaml.safe_dump({"trainer": {"callbacks": [{"class_path": "own_callbacks.Saves"}, *callbacks[::-1]]}})
     )
-    assert run(f"fit {tiny}").code == 0
     turned = run(f"fit {tiny} --config turned.yaml")
     assert (turned.code, turned.err) == (0, "") and "without" not in turned.out
-    one, other = (torch.load(f"runs/ham-text-{i}/checkpoints/last.ckpt", weights_only=True) for i in (1, 2))
+    paths = (folder / "runs/ham-text-1/checkpoints/last.ckpt" for folder in (trained, here))
+    one, other = (torch.load(path, weights_only=True) for path in paths)
     saved = torch.load("saved.pt", weights_only=True)
     for name, value in one["state_dict"].items():
         assert torch.equal(value, other["state_dict"][name]) and torch.equal(value, saved[name]), name

@@ -58,7 +58,7 @@ def test_config_runs_again(run, run_folder):
 def test_resumes_exactly(run, run_folder, step):
     """Before and after a validation."""
     result = run(f"fit --ckpt_path {RUN}/checkpoints/all-step={step}.ckpt")
-    assert result.code == 0, result.err
+    assert result.code == 0 and "resumes with" not in result.out, result.err
     one, other = (torch.load(f"runs/ham-text-{i}/checkpoints/last.ckpt", weights_only=True) for i in (1, 2))
     assert one["global_step"] == other["global_step"] == 6
     assert all(torch.equal(one["state_dict"][key], other["state_dict"][key]) for key in one["state_dict"])
@@ -68,7 +68,6 @@ def test_resumes_exactly(run, run_folder, step):
 
 def test_what_changes_on_resuming_is_said(run, run_folder):
     path = run_folder / "checkpoints/all-step=3.ckpt"
-    assert "resumes with" not in run(f"fit --ckpt_path {path}").out
     saved = torch.load(path, weights_only=True)
     torch.save(saved | {"processes": 2}, path)
     flags = "--data.batch_tokens 128 --data.seed 3 --seed 5 --steps 7 --kv_usage 0.5"
@@ -99,16 +98,16 @@ def usages_at(run, *asked) -> list[float]:
 
 def test_evaluates_at_any_usage(run, run_folder):
     trained = metrics_in(run("test --ckpt_path last"))["test/kv_usage"]
-    nothing, little, same, most, everything = usages_at(run, 0, 0.1, 0.25, 0.6, 1)
-    assert nothing < little < trained == same < most < everything == 1
+    nothing, same, everything = usages_at(run, 0, 0.25, 1)
+    assert nothing < trained == same < everything == 1
     assert sorted(p.name for p in (run_folder / "..").resolve().iterdir()) == ["ham-text-1"]
 
 
 def test_usage_when_tau_is_in_the_checkpoint(run, here, tiny):
     """`controlled` saves tau itself, which loading the weights brings back."""
     assert run(f"fit {tiny} --model.mixer.threshold controlled --kv_usage 0.9").code == 0
-    little, most, everything = usages_at(run, 0.1, 0.8, 1)
-    assert little < most < everything == 1
+    little, most = usages_at(run, 0.1, 0.8)
+    assert little < most
 
 
 @pytest.mark.parametrize(

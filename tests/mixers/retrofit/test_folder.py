@@ -37,8 +37,7 @@ def answers(model):
     return model(X).logits
 
 
-@pytest.mark.parametrize("shards", ["60KB", "5GB"])
-@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize(("name", "shards"), [(name, "5GB") for name in HOSTS] + [("llama", "60KB")])
 def test_it_is_saved_found_and_opened(tmp_path, name, shards):
     model = fitted(name)
     set_kv_usage(model, 0.25)

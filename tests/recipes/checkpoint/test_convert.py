@@ -1,9 +1,11 @@
 """Sharded checkpoints, which are folders, do all that one file does, and are looked at as closely."""
 
+import contextlib
 import io
 import os
 import pickle
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,17 +15,27 @@ from torch.distributed.checkpoint import metadata
 from lit_modules.sharded import _Index, load_whole
 from lit_modules.strategies import put_in_place
 from mixers.registry import SpecError
+from recipes.__main__ import main
 from recipes.checkpoint.opening import open_checkpoint
 
 CHECKPOINTS = "runs/ham-text-1/checkpoints"
 
 
-@pytest.fixture
-def converted(trained, run, here):
+@pytest.fixture(scope="module")
+def sharded(trained, tmp_path_factory):
     """The checkpoint of the third of six steps, as a folder."""
-    result = run(f"convert --ckpt_path {trained / CHECKPOINTS}/all-step=3.ckpt --out parts.ckpt")
-    assert result.code == 0 and result.err == "", result.err
-    return here / "parts.ckpt"
+    path = tmp_path_factory.mktemp("sharded") / "parts.ckpt"
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()) as said:
+        warnings.simplefilter("ignore", DeprecationWarning)
+        assert main(f"convert --ckpt_path {trained / CHECKPOINTS}/all-step=3.ckpt --out {path}".split()) == 0
+    assert said.getvalue() == ""
+    return path
+
+
+@pytest.fixture
+def converted(sharded, here):
+    """A copy of it, in the working directory."""
+    return shutil.copytree(sharded, here / "parts.ckpt")
 
 
 def same(one, other):

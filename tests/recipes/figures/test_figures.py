@@ -10,27 +10,10 @@ import torch
 from lit_modules.data.ruler_tasks import ruler_sample
 from mixers.backbone import Decoder
 from mixers.registry import SpecError
-from recipes.__main__ import main
 from recipes.figures.needle import SAMPLE, running_mean
 from recipes.figures.reading import prediction_errors, rounded, sequences_in
 from recipes.figures.scores import Positions
 from recipes.pictures import spread
-
-MQAR = (
-    "--data mqar --data.num_pairs 4 --data.num_test 24 --data.num_validation 8 --data.batch_size 8 --model.dim 16"
-    " --steps 2 --trainer.enable_progress_bar false"
-)
-
-
-@pytest.fixture(scope="module")
-def recall(tmp_path_factory):
-    """A folder with runs/ham-mqar-1, whose router gives no finite scores, and runs/gdn-mqar-1."""
-    folder = tmp_path_factory.mktemp("recall")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert main(f"fit --mixer ham --router all {MQAR}".split()) == 0
-        assert main(f"fit --mixer gdn {MQAR}".split()) == 0
-    return folder
 
 
 @pytest.fixture

@@ -30,14 +30,13 @@ def test_without_a_name_the_picture_goes_among_the_runs(run, checkpoint, here):
     ]
 
 
-def test_of_recall_the_picture_is_of_facts(run, here):
-    mqar = "--data mqar --data.num_pairs 4 --data.num_test 8 --data.num_validation 8 --model.dim 16 --steps 2"
-    assert run(f"fit --mixer ham --router all {mqar} --trainer.enable_progress_bar false").code == 0
-    assert run("figures --out facts.png").code == 0  # of the newest run
-    assert (here / "facts.png").stat().st_size > 5000
-    shown = json.loads((here / "facts.json").read_text())
+def test_of_recall_the_picture_is_of_facts(run, recall, tmp_path, monkeypatch):
+    monkeypatch.chdir(recall)
+    assert run(f"figures --out {tmp_path}/facts.png").code == 0  # of the newest run
+    assert (tmp_path / "facts.png").stat().st_size > 5000
+    shown = json.loads((tmp_path / "facts.json").read_text())
     assert set(shown["kept"].values()) == {1.0} and shown["kept_along"][-1] == 5 * 16
-    assert "are for models that read bytes" in run("figures --ckpt_path last --text facts.json").error
+    assert "are for models that read bytes" in run(f"figures --ckpt_path last --text {tmp_path}/facts.json").error
 
 
 def test_facts_are_told_again_in_another_order_and_then_changed():

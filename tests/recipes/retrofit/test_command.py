@@ -205,7 +205,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(host, tmp_path,
     assert "cannot be written" in captured.err and "minutes" not in captured.out
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_a_host_in_half_precision_is_fitted_in_full(host, tmp_path, dtype):
     before = opened(host / "host").to(dtype)
     before.save_pretrained(tmp_path / "host")

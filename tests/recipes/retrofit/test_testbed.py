@@ -121,6 +121,9 @@ def test_what_is_missing_is_named_in_one_line(missing, said, sources, tmp_path, 
         (sources / "apt-get").write_text(f"#!{sys.executable}\n{code}\n")
     else:
         monkeypatch.setenv("PIP_FIND_LINKS", str(sources))
+    if missing in ("apt-get", "index"):  # what comes after the model
+        (tmp_path / "bed/smollm2").mkdir(parents=True)
+        (tmp_path / "bed/smollm2/config.json").touch()
     assert testbed.main(["--out", str(tmp_path / "bed")]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ") and said in last
