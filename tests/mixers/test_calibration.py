@@ -42,7 +42,7 @@ def usage(model, tokens):
 )
 def test_the_usage_is_held_over_the_scope_at_any_asked_usage(router, threshold, scope):
     model = make(router=router, threshold=threshold, scope=scope)
-    for asked in (0.0625, 0.6):
+    for asked in (0.25, 0.0625, 0.6):
         set_kv_usage(model, asked)
         assert calibrate(model, batches(8)) == 8
         for tokens, tolerance in ((batches(8), 0.02), (batches(8, seed=2), 0.04)):  # the same, and others like them

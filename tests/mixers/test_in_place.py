@@ -90,7 +90,7 @@ def test_the_kernels_of_a_step_are_the_mixer(case):
     stepped(make(case), tokens(0, 2, 9), 7, triton=True)
 
 
-@settings(max_examples=3)
+@settings(max_examples=5)
 @given(
     batch=st.integers(1, 2),
     heads=st.sampled_from([(1, 1), (2, 2), (2, 1)]),

@@ -98,16 +98,16 @@ def usages_at(run, *asked) -> list[float]:
 
 def test_evaluates_at_any_usage(run, run_folder):
     trained = metrics_in(run("test --ckpt_path last"))["test/kv_usage"]
-    nothing, same, everything = usages_at(run, 0, 0.25, 1)
-    assert nothing < trained == same < everything == 1
+    nothing, little, same, most, everything = usages_at(run, 0, 0.1, 0.25, 0.6, 1)
+    assert nothing < little < trained == same < most < everything == 1
     assert sorted(p.name for p in (run_folder / "..").resolve().iterdir()) == ["ham-text-1"]
 
 
 def test_usage_when_tau_is_in_the_checkpoint(run, here, tiny):
     """`controlled` saves tau itself, which loading the weights brings back."""
     assert run(f"fit {tiny} --model.mixer.threshold controlled --kv_usage 0.9").code == 0
-    little, most = usages_at(run, 0.1, 0.8)
-    assert little < most
+    little, most, everything = usages_at(run, 0.1, 0.8, 1)
+    assert little < most < everything == 1
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_packed_by_bounds():
 @pytest.mark.parametrize("beams", [1, 3])
 def test_what_it_writes_is_the_hosts(pair, beams):
     plain, ours = pair
-    options = dict(attention_mask=LEFT, max_new_tokens=5, do_sample=False, num_beams=beams)
+    options = dict(attention_mask=LEFT, max_new_tokens=10, do_sample=False, num_beams=beams)
     expected = plain.generate(X, **options)
     assert torch.equal(ours.generate(X, **options), expected)
     assert torch.equal(ours.generate(X, **options, use_cache=False), expected)
@@ -146,7 +146,7 @@ def test_any_split_gives_the_same(router, memory):
     routed = [part.routing.stored for part in parts_of(model).values()]
     if router != "recency":
         assert any(0.1 < stored.float().mean() < 0.9 for stored in routed)
-    for lengths in ([*[1] * 10, 25, *[1] * 5], [7, 1, 20, 12], [39, 1]):
+    for lengths in ([1] * 40, [7, 1, 20, 12], [39, 1]):
         cache, parts = DynamicCache(config=model.config), []
         for chunk in X.split(lengths, 1):
             parts.append(model(chunk, past_key_values=cache).logits)

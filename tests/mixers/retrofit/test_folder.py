@@ -37,7 +37,13 @@ def answers(model):
     return model(X).logits
 
 
-@pytest.mark.parametrize(("name", "shards"), [(name, "5GB") for name in HOSTS] + [("llama", "60KB")])
+@pytest.mark.parametrize(
+    ("name", "shards"),
+    [
+        *((name, "5GB") for name in HOSTS),
+        *(pytest.param(name, "60KB", marks=[pytest.mark.slow] * (name != "llama")) for name in HOSTS),
+    ],
+)
 def test_it_is_saved_found_and_opened(tmp_path, name, shards):
     model = fitted(name)
     set_kv_usage(model, 0.25)

@@ -84,8 +84,8 @@ def test_calibrate(run, folder, texts, tmp_path):
 
 
 def test_sweep(run, folder, texts, tmp_path):
-    line = f"sweep --ckpt_paths [{folder}] --text {texts / 'one.txt'} --kv_usages [0,0.5,1] --long 300"
-    result = run(f"{line} --out {tmp_path / 'out'}")
+    line = f"sweep --ckpt_paths [{folder}] --text [{texts}] --kv_usages [0,0.5,1] --long 300 --out {tmp_path / 'out'}"
+    result = run(line)
     assert result.code == 0 and "perplexity when tested at" in result.out and "cache after 300 tokens" in result.out
     (row,) = json.loads((tmp_path / "out/results.json").read_text())["runs"]
     assert [point["asked"] for point in row["curve"]] == [0, 0.5, 1]
@@ -93,7 +93,7 @@ def test_sweep(run, folder, texts, tmp_path):
     assert usages[0] == pytest.approx(6 / 512) and 0.2 < usages[1] < 0.8 and usages[2] == 1
     assert row["curve"][0]["of_attention"] < row["curve"][1]["of_attention"] < row["curve"][2]["of_attention"]
     opened = open_folder(str(folder), kv_usage=1.0)
-    text = opened.windows([str(texts / "one.txt")], 512, count=32)
+    text = opened.windows([str(texts)], 512, count=32)
     assert row["windows"] == [*text.shape]
     expected = perplexity(opened.model, text, progress=False).perplexity
     assert row["curve"][2]["perplexity"] == pytest.approx(expected, rel=1e-4)

@@ -18,8 +18,7 @@ def test_the_cache_of_a_long_text_is_weighed(run, checkpoint, tmp_path):
     assert result.code == 0 and "cache after 256 tokens" in result.out
     (row,) = json.loads((tmp_path / "results.json").read_text())["runs"]
     none, half, full = (point["of_attention"] for point in row["curve"])
-    pages = 64 / 256  # each head's last page may be nearly empty
-    assert none == 0 and 1 <= full <= 1 + pages and 0.3 < half < 0.8
+    assert none == 0 and full == 1 and 0.3 < half < 0.8  # 256 tokens fill whole pages
     error = run(f"sweep --ckpt_paths [{checkpoint}] --long 1000000000 --out {tmp_path / 'no'}").error
     assert "less than the 1,000,000,000 asked for" in error and not (tmp_path / "no").exists()
 
