@@ -20,28 +20,32 @@ class Curriculum(pl.Callback):
     def __init__(self, stages: list[int], *, advance_at: float):
         self.stages = stages
         self.advance_at = advance_at
-        self.stage = 0
-        self.began = 0
+        self.begun = [0]  # the step at which each stage began that was reached
 
     @property
     def level(self) -> int:
-        return self.stages[self.stage]
+        return self.stages[len(self.begun) - 1]
+
+    def history(self) -> list[tuple[int, int]]:
+        """(step, level): when each stage began that was reached."""
+        return list(zip(self.begun, self.stages, strict=False))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        left = len(self.stages) - self.stage
+        left, since = len(self.stages) - len(self.begun) + 1, self.begun[-1]
         if left == 1:
             return
-        share = (trainer.estimated_stepping_batches - self.began) / left
+        share = (trainer.estimated_stepping_batches - since) / left
         accuracy = trainer.strategy.reduce(outputs["accuracy"], reduce_op="mean")  # ranks advance together
-        if accuracy > self.advance_at or trainer.global_step - self.began >= share:
-            self.stage += 1
-            self.began = trainer.global_step
+        if accuracy > self.advance_at or trainer.global_step - since >= share:
+            self.begun.append(trainer.global_step)
         pl_module.log("train/level", float(self.level))
 
-    def state_dict(self) -> dict[str, int]:
-        return {"stage": self.stage, "began": self.began}
+    def state_dict(self) -> dict[str, list[int]]:
+        return {"begun": self.begun}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.stage, self.began = state["stage"], state["began"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if "begun" not in state:  # of older versions, which kept the last stage's step alone
+            state = {"begun": [0] * state["stage"] + [state["began"]]}
+        self.begun = list(state["begun"])

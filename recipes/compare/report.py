@@ -34,6 +34,7 @@ def report(rows: list[Row], settings: dict[str, Any], folder: Path, tried: int |
     best, rates = at_best_rate(rows, tried)
     by_label = _by_label(best)
     parts = [table(by_label), unweighed(by_label), part_table(by_label), name_table(by_label), rate_table(rates)]
+    parts += [stage_table(by_label)]
     parts += [over_controls(best), over_references(best)]
     text = "\n\n".join(part for part in [*parts, curve_table(by_label)] if part)
     stamped = stamp()  # before the repository is dirty with these files
@@ -144,6 +145,16 @@ def rate_table(rates: dict[str, Any]) -> str:
         lines.append([label, *("-" if value is None else f"{value:.3f}" for value in means)])
     header = ["validation at learning rate", *(f"{float(rate):g}" for rate in columns)]
     return markdown_table(header, lines) if lines else ""
+
+
+def stage_table(by_label: dict[str, list[Row]]) -> str:
+    """When each contestant came to the full task, where a curriculum grew with what it had learned: mean [min, max]."""
+    lines = []
+    for label, runs in by_label.items():
+        if all(len(run.get("curriculum", ())) > 1 for run in runs):
+            begun = [run["curriculum"][-1][0] for run in runs]
+            lines.append([label, f"{mean(begun):.0f} [{min(begun)}, {max(begun)}]"])
+    return markdown_table(["curriculum", "last stage from step"], lines) if lines else ""
 
 
 def table(by_label: dict[str, list[Row]]) -> str:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from kernels.dispatch import CHOSEN
 from lit_modules.base import SequenceModule, with_options
 from lit_modules.callbacks import CalibrateThresholds, RNGState
+from lit_modules.data.curriculum import Curriculum
 from lit_modules.data.stream import NAMES, PART, longest_document
 from mixers.registry import SpecError, unknown
 from mixers.state import kv_cache_bytes, kv_stored_bytes, state_bytes
@@ -231,6 +232,7 @@ def train(run: dict[str, Any], unfinished: Path) -> dict[str, Any]:
         **split,
         **validated,
         "losses": losses.points,
+        **_stages(data),
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": round(losses.seconds, 1),
         **remembered(model, batch),
@@ -238,6 +240,12 @@ def train(run: dict[str, Any], unfinished: Path) -> dict[str, Any]:
         "commit": commit(),
         **_curve(trainer, model, data, run.get("test_usages", [])),
     }
+
+
+def _stages(data: pl.LightningDataModule) -> dict[str, list[tuple[int, int]]]:
+    """Where training grew with what was learned, contestants did not see the same: (step, level) of every stage."""
+    curriculum = getattr(data, "curriculum", None)
+    return {"curriculum": curriculum.history()} if isinstance(curriculum, Curriculum) else {}
 
 
 def _validate(trainer: pl.Trainer, model: SequenceModule, data: pl.LightningDataModule) -> dict[str, dict[str, float]]:

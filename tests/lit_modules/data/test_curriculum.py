@@ -43,6 +43,14 @@ def test_a_restored_curriculum_goes_on_where_it_was():
         run(before, accuracy=learned, budget=12, steps=range(cut))
         after.load_state_dict(before.state_dict())
         assert run(after, accuracy=learned, budget=12, steps=range(cut, 12)) == expected[cut:]
+        assert after.history() == [(0, 4), (3, 8), (8, 16)]
+
+
+def test_the_state_of_older_versions_is_read():
+    curriculum = Curriculum([4, 8, 16, 32], advance_at=0.85)
+    curriculum.load_state_dict({"stage": 2, "began": 30})
+    assert curriculum.level == 16
+    assert run(curriculum, accuracy=lambda step: 0.0, budget=60, steps=range(43, 46)) == [16, 16, 32]
 
 
 def test_an_endless_budget_leaves_only_accuracy_to_advance():

@@ -53,7 +53,7 @@ def test_stages_shrink_the_sequence_and_the_stage_takes_effect_on_the_next_batch
     data = make_mqar()
     batches = iter(data.train_dataloader())
     assert next(batches)["tokens"].shape == (4, 8)
-    data.curriculum.stage = 1
+    data.curriculum.begun.append(7)
     assert next(batches)["tokens"].shape == (4, 16)
 
 
