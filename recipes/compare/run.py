@@ -17,7 +17,7 @@ from lit_modules.base import SequenceModule, with_options
 from lit_modules.callbacks import CalibrateThresholds, RNGState
 from lit_modules.data.curriculum import Curriculum
 from lit_modules.data.stream import NAMES, PART, longest_document
-from mixers.registry import SpecError, unknown
+from mixers.registry import ROUTERS, SpecError, parse_spec, unknown
 from mixers.state import kv_cache_bytes, kv_stored_bytes, state_bytes
 from mixers.threshold import set_kv_usage, thresholds_of
 from recipes.callbacks import WholeFiles
@@ -153,6 +153,10 @@ def build(run: dict[str, Any]) -> tuple[SequenceModule, pl.LightningDataModule]:
     options |= {key: mixer_options.pop(key) for key in OF_MODEL if key in mixer_options}
     module, _, name = run["model"].rpartition(".")
     model_class = getattr(importlib.import_module(module), name)
+    if (given := mixer_options.get("router")) is not None:  # blind choice draws anew with every seed
+        spec = parse_spec(given)
+        seed = {"seed": run["seed"]} if "seed" in ROUTERS.options(spec["name"]) else {}
+        mixer_options["router"] = seed | spec
     mixer = with_options(run["mixer"], **mixer_options)
     check_usages(mixer)
     try:
