@@ -14,9 +14,20 @@ from mixers.base import Routing
 
 
 class Loss(MeanMetric):
-    """Mean of a loss. ``update(value, weight)``: its mean over a batch, and over how many."""
+    """Mean of a loss. ``update(value, weight)``: its mean over a batch, and over how many.
+
+    One that is not finite makes the mean so, where torchmetrics would leave it out; one of weight 0 does not count.
+    """
 
     higher_is_better = False
+
+    def __init__(self, **options: Any):
+        # NaN in place of NaN: with "disable" torchmetrics 1.9 drops the weights.
+        super().__init__(**({"nan_strategy": math.nan} | options))
+
+    def update(self, value: float | Tensor, weight: float | Tensor = 1.0) -> None:
+        value, weight = (torch.as_tensor(x, dtype=self.dtype, device=self.device) for x in (value, weight))
+        super().update(torch.where(weight == 0, 0.0, value), weight)
 
 
 class BitsPerByte(Loss):

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lit_modules.metrics import BitsPerByte, KVUsage, MeanAccuracy, NameBits, Perplexity
+from lit_modules.metrics import BitsPerByte, KVUsage, Loss, MeanAccuracy, NameBits, Perplexity
 
 
 def test_bits_per_byte_and_perplexity_weigh_batches_by_their_tokens():
@@ -12,6 +12,16 @@ def test_bits_per_byte_and_perplexity_weigh_batches_by_their_tokens():
         metric.update(math.log(2), 1)
         metric.update(2 * math.log(2), 3)
         assert metric.compute().item() == pytest.approx(expected)
+
+
+def test_a_loss_that_is_not_finite_is_not_left_out_unless_another_rank_counts_it():
+    metric = Loss()
+    metric.update(2.0, 3)
+    metric.update(math.nan, 0)
+    metric.update(torch.tensor(4.0), 1)
+    assert metric.compute().item() == 2.5
+    metric.update(torch.tensor(math.nan), 1)
+    assert metric.compute().isnan()
 
 
 def test_bits_of_names_are_pooled_by_bytes_and_absent_where_there_are_none():
