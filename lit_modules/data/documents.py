@@ -16,7 +16,8 @@ FORMATS = {".parquet": "parquet", ".jsonl": "json", ".ndjson": "json", ".txt": "
 COMPRESSED = {".gz", ".zst", ".xz", ".bz2"}
 INSTALL = "pip install 'lightning-mixers[tokens]'"
 SAMPLED = 64  # documents that stand for all where a checkpoint is compared with what is there
-DRAW = "draw"  # the column in which `tokenize` keeps the draw of the text
+TOKENS = "tokens"  # the column in which `tokenize` writes ids
+DRAW = "draw"  # and the one in which it keeps the draw of their text
 TOKENIZER = "tokenizer"  # its folder for the tokenizer, whose vocabulary may be a .txt
 State = dict[str, Any]
 Documents = Any  # datasets.Dataset or datasets.IterableDataset, which take seconds to import
@@ -157,7 +158,7 @@ def content_of(document: dict[str, Any], field: str) -> str | list[int]:
 
 def drawn(document: dict[str, Any], field: str) -> float:
     """In [0, 1), by a hash of the content alone: where a document is held out, so are its copies."""
-    if DRAW in document:
+    if field == TOKENS and isinstance(document.get(DRAW), float):  # others may have a column of this name
         return document[DRAW]
     raw = _raw(content_of(document, field))
     return int.from_bytes(hashlib.blake2b(raw, digest_size=6).digest(), "big") / 2**48

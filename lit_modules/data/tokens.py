@@ -11,14 +11,12 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lit_modules.data.documents import INSTALL, TOKENIZER, check_field, count_of, open_documents, sample_of
+from lit_modules.data.documents import INSTALL, TOKENIZER, TOKENS, check_field, count_of, open_documents, sample_of
 from lit_modules.data.files import digest_of
 from lit_modules.data.packing import PackedDocuments, TokenLoader
 from lit_modules.data.stream import Batch, FixedBatches
 from lit_modules.data.workers import outlive_signals
 from mixers.registry import SpecError, check_positive, check_range
-
-TOKENS = "tokens"  # the column of the files that `tokenize` writes
 
 
 class TokenData(pl.LightningDataModule):

@@ -42,6 +42,18 @@ def test_a_broken_shard_of_a_stream_is_one_line(tokens, tmp_path, documents, sha
     assert "\n" not in str(raised.value)
 
 
+def test_a_column_of_the_name_that_tokenize_gives_its_own_decides_no_split(tokens, tmp_path, documents):
+    sizes = {}
+    for draw in (None, True, 0.0):
+        rows = [{"text": text} | ({} if draw is None else {"draw": draw}) for text in documents]
+        folder = tmp_path / str(draw)
+        folder.mkdir()
+        (folder / "0.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        data = tokens(paths=str(folder), field="text")
+        sizes[draw] = [len(list(getattr(data, f"{split}_dataloader")())) for split in ("val", "test")]
+    assert sizes[True] == sizes[0.0] == sizes[None]
+
+
 def test_a_broken_shard_is_named(tokens, tmp_path, documents):
     from datasets import Dataset
 
