@@ -28,11 +28,22 @@ class BatchStream:
         length: batches in what Lightning calls an epoch, at least 1; iterating again goes on with the next number.
         digest: of what batches are made from, if that is read from somewhere: with another one a number means nothing.
         source: what that is, for the message.
+        size: of what is read in an order, how much a batch of all ranks takes. A run that goes on with another size,
+            such as that of more ranks, goes on from the same place, to within a batch for each time through.
     """
 
-    def __init__(self, make: Callable[[int], Batch], *, length: int, digest: str | None = None, source: str = ""):
+    def __init__(
+        self,
+        make: Callable[[int], Batch],
+        *,
+        length: int,
+        digest: str | None = None,
+        source: str = "",
+        size: int | None = None,
+    ):
         self.make = make
         self.length = length
+        self.size = size
         self.digest, self.source = digest, source
         self.next = 0
 
@@ -46,11 +57,12 @@ class BatchStream:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"next": self.next, "digest": self.digest}
+        return {"next": self.next, "digest": self.digest, "size": self.size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_same(state.get("digest"), self.digest, self.source)
-        self.next = state["next"]
+        before = state.get("size")  # older versions did not say
+        self.next = state["next"] if None in (before, self.size) else state["next"] * before // self.size
 
 
 def check_same(before: str | None, now: str | None, what: str, flag: str = "--data.paths") -> None:

@@ -148,7 +148,8 @@ class TextData(pl.LightningDataModule):
             return rows.row(*divmod(number * world_size + rank, rows.num_rows))
 
         length = max(1, rows.num_rows // world_size)
-        return BatchStream(make, length=length, digest=self.digest, source=self.source)
+        size = world_size * rows.row_tokens
+        return BatchStream(make, length=length, digest=self.digest, source=self.source, size=size)
 
     @cached_property
     def known_names(self) -> set[bytes]:

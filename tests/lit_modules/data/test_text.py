@@ -118,6 +118,25 @@ def test_ranks_share_an_epoch_and_the_next_epoch_is_in_another_order(folder):
     assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize(("ranks", "tokens"), [(2, 128), (1, 64), (1, 256), (2, 64)])
+def test_a_run_goes_on_from_the_same_place_with_other_batches(folder, ranks, tokens):
+    loader = data(folder).train_dataloader()
+    whole = torch.cat([batch["tokens"] for batch in loader], 1)
+    loader = data(folder).train_dataloader()
+    batches = iter(loader)
+    for _ in range(4):
+        next(batches)
+    others = []
+    for rank in range(ranks):
+        made = data(folder, batch_tokens=tokens)
+        made.trainer = SimpleNamespace(global_rank=rank, world_size=ranks)
+        other = made.train_dataloader()
+        other.load_state_dict(loader.state_dict())
+        others.append(next(iter(other))["tokens"])
+    read = torch.cat(others, 1)
+    assert torch.equal(read, whole[:, 4 * 128 : 4 * 128 + read.shape[1]])
+
+
 def test_decode_is_the_inverse_of_reading(folder):
     made = data(folder)
     assert made.decode(next(iter(made.val_dataloader()))["tokens"][0, :4]).strip("0123456789 ") in "file"
