@@ -65,8 +65,9 @@ class CalibrateThresholds(pl.Callback):
 
     The tables of training remember a few steps, of changing scores. Place it before what validates and saves; the
     command line does. The data are the first batches of a new training loader, so that a resumed run ends like an
-    uninterrupted one. They are run through the module's `decode` if it has one, else through its `forward`, which takes
-    a batch then.
+    uninterrupted one; without a data module, the next ones of the loader that there is, which goes back to where it was
+    if it has a `state_dict`. They are run through the module's `decode` if it has one, else through its `forward`,
+    which takes a batch then.
 
     Where weights are averaged (`lit_modules.averaging`), they are fitted to the mean.
 
@@ -98,6 +99,7 @@ class CalibrateThresholds(pl.Callback):
             return
         data = getattr(trainer, "datamodule", None)
         loader = trainer.train_dataloader if data is None else data.train_dataloader()
+        place = loader.state_dict() if data is None and hasattr(loader, "state_dict") else None
         batches = (trainer.strategy.batch_to_device(batch) for batch in islice(loader, self.batches))
         means = [callback.applied(pl_module) for callback in trainer.callbacks if isinstance(callback, WeightAverage)]
         with ExitStack() as stack:
@@ -114,6 +116,8 @@ class CalibrateThresholds(pl.Callback):
                     allocate(pl_module, few, pl_module.loss, progress=trainer.progress_bar_callback is not None)
                 self.allocated = True
             calibrate(pl_module, batches, run=getattr(pl_module, "decode", None))
+        if place is not None:
+            loader.load_state_dict(place)
         self.done = True
 
 

@@ -46,6 +46,14 @@ class TestCalibrateThresholds:
             assert torch.equal(validated[-1], tables[len(callbacks)])
         assert not torch.equal(tables[0], tables[1])
 
+    def test_a_loader_without_a_data_module_stays_where_it_was(self, make_trainer, make_model, make_mqar):
+        places = []
+        for callbacks in ([], [CalibrateThresholds(batches=3)]):
+            loader = make_mqar(curriculum=None).train_dataloader()
+            make_trainer(max_steps=3, callbacks=callbacks, limit_val_batches=0).fit(make_model(), loader)
+            places.append(loader.state_dict()["next"])
+        assert places[0] == places[1] > 0
+
     def test_a_model_without_a_router_is_left_alone(self, tmp_path, make_trainer, make_model):
         (tmp_path / "a.txt").write_text("a line of text\n" * 100)
         data = TextData(paths=[str(tmp_path / "a.txt")], seq_len=32, batch_tokens=64)
