@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -33,19 +34,25 @@ class RoutingMonitor(pl.Callback):
     def __init__(self, *, max_tokens: int = 64) -> None:
         self.max_tokens = max_tokens
         self.batch: dict[str, Tensor] = {}
+        self.routing: list[Routing | None] = []
 
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: dict, batch_idx: int, dataloader_idx: int = 0
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: dict,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
-        if batch_idx == 0:
-            self.batch = batch
+        if batch_idx or dataloader_idx or trainer.sanity_checking or not trainer.loggers:
+            return
+        # Now: at the end of a validation, averaged weights have given way to those of training.
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            self.batch, self.routing = batch, pl_module.decode(batch).routing
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        batch, self.batch = self.batch, {}
-        if trainer.sanity_checking or not trainer.loggers or not batch:
-            return
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
-            routing = pl_module.decode(batch).routing
+        (batch, routing), self.batch, self.routing = (self.batch, self.routing), {}, []
         if all(routed is None for routed in routing):
             return
         tokens, sequence = one_sequence(batch, routing, max_tokens=self.max_tokens)
@@ -70,7 +77,8 @@ def one_sequence(
     if "cu_seqlens" in batch:
         part = longest_document(batch["cu_seqlens"])
     elif "padding_mask" in batch:
-        part = slice(0, int(batch["padding_mask"][0].sum()))
+        (there,) = batch["padding_mask"][0].nonzero(as_tuple=True)  # padding may stand before it
+        part = slice(int(there[0]), int(there[-1]) + 1) if len(there) else slice(0)
     part = slice(part.start, min(part.stop, part.start + max_tokens))
     cut = [
         routed and replace(routed, scores=routed.scores[:1, part], stored=routed.stored[:1, part], g=routed.g[:1, part])

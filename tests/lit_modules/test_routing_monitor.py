@@ -5,6 +5,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lit_modules.averaging import WeightAverage
 from lit_modules.callbacks import SampleText
 from lit_modules.data.text import TextData
 from lit_modules.routing_figure import routing_figure
@@ -91,6 +92,28 @@ def test_without_routers_or_loggers_nothing_happens(tmp_path, make_trainer, make
     assert trainer.global_step == 1
 
 
+def test_what_is_shown_is_of_the_weights_that_are_validated(tmp_path, make_trainer, make_model, text):
+    """Not of those that training goes on with, where weights are averaged."""
+    read = {"validation": [], "monitor": []}
+
+    class Noting(RoutingMonitor):
+        def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+            if batch_idx == 0:
+                read["validation"].append([routed.scores for routed in pl_module.decode(batch).routing])
+
+        def on_validation_end(self, trainer, pl_module):
+            read["monitor"].append([routed.scores for routed in self.routing])
+            super().on_validation_end(trainer, pl_module)
+
+    model = make_model(vocab_size=256, learning_rate=0.1)
+    callbacks = [WeightAverage(0.9), Noting()]
+    options = dict(max_steps=6, val_check_interval=3, limit_val_batches=2, logger=CSVLogger(tmp_path))
+    make_trainer(**options, callbacks=callbacks).fit(model, text)
+    assert len(read["monitor"]) == len(read["validation"]) == 2
+    for seen, expected in zip(read["monitor"], read["validation"], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+
+
 def test_tokens_are_counted_on_after_a_resume(tmp_path, make_trainer, make_model, make_mqar):
     counted = {}
     for name, steps, path in (("first", 3, None), ("second", 5, tmp_path / "a.ckpt"), ("whole", 5, None)):
@@ -108,10 +131,12 @@ def batch_of(kind):
         return {"tokens": tokens, "cu_seqlens": torch.tensor([0, 3, 12], dtype=torch.int32)}, slice(3, 12)
     if kind == "padded":
         return {"tokens": tokens, "padding_mask": torch.arange(12)[None] < 9}, slice(0, 9)
+    if kind == "padded before":
+        return {"tokens": tokens, "padding_mask": torch.arange(12)[None] > 8}, slice(9, 12)
     return {"tokens": tokens}, slice(0, 10)
 
 
-@pytest.mark.parametrize("kind", ["packed", "padded", "plain"])
+@pytest.mark.parametrize("kind", ["packed", "padded", "padded before", "plain"])
 def test_one_sequence_is_cut_out_where_it_is(make_model, kind):
     batch, part = batch_of(kind)
     model = make_model().eval()
