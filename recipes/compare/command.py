@@ -1,4 +1,8 @@
-"""Trains several mixers on one task, the same data in the same order for all, over several seeds."""
+"""Trains several mixers on one task, the same data in the same order for all, over several seeds.
+
+Where a curriculum grows with what a contestant has learned (`mqar`), each sees the same examples of a level, but comes
+to the next level in its own time; each row says when. `--data_options.curriculum null` trains all on the full task.
+"""
 
 import hashlib
 import json
@@ -131,7 +135,7 @@ def compare(
         rows += _trained(
             [cell | settings | {"seed": seed} for seed in range(tried, seeds) for cell in cells], folder, jobs
         )
-    report(rows, settings, folder, tried)
+    report(rows, settings, folder, tried, dict.fromkeys((cell["label"] for cell in cells), seeds))
 
 
 def _trained(wanted: list[dict[str, Any]], folder: Path, jobs: int) -> list[dict[str, Any]]:
@@ -222,17 +226,20 @@ def check(cells: list[dict[str, Any]], settings: dict[str, Any], *, validated: b
         raise SpecError(f"contestants share a label: {', '.join(sorted(twice))}")
     from lightning.pytorch.utilities.model_helpers import is_overridden
 
-    from recipes.compare.run import MARKED, build, check_marked
+    from recipes.compare.run import MARKED, build, check_marked, check_settable
 
     for cell in cells:
         model, data = build(cell | settings | {"seed": 0})
+        check_settable(model, settings.get("test_usages", []), cell["label"])
     for split in ("train", "test", *(["val"] if validated else [])):
         if not is_overridden(f"{split}_dataloader", data):
             raise SpecError(f"{type(data).__name__} has no {split}_dataloader, which compare needs")
     if settings["metric"] in MARKED and getattr(data, "metric", None) != settings["metric"]:
         data.prepare_data()
-        data.setup("test")
-        check_marked(settings["metric"], data)
+        for split, stage in {"val": "validate", "test": "test"}.items():
+            if split == "test" or validated:
+                data.setup(stage)
+                check_marked(settings["metric"], data, split)
 
 
 def _at_each_rate(

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from statistics import mean
 from typing import Any
 
+from mixers.registry import parse_pattern
 from recipes.compare.plot import CONTROLS, higher_is_better, router_of
 from recipes.results import markdown_table
 
@@ -13,17 +14,22 @@ Cell = dict[int, float]  # seed -> metric
 
 
 def over_controls(rows: list[Row]) -> str:
-    """A table of what each router gains over each control at the same asked usage, and how many seeds it wins.
+    """A table of what each router gains over each control in the same mixers at the same asked usage, and seeds won.
 
     Of several contestants of one control (static from the first or the last layer) the best on average is taken.
     """
     routed, routers = _routed(rows), {row["label"]: router_of(row) for row in rows}
+    models = {row["label"]: [spec["name"] for spec in parse_pattern(row["mixer"])] for row in rows}
     sign, lines = _sign(rows), []
     for (label, usage), ours in routed.items():
         if routers[label] in CONTROLS:
             continue
         rivals = (
-            [cell for (other, u), cell in routed.items() if u == usage and routers[other] == control]
+            [
+                cell
+                for (other, u), cell in routed.items()
+                if u == usage and routers[other] == control and models[other] == models[label]
+            ]
             for control in CONTROLS
         )
         best = (max(some, key=lambda cell: sign * mean(cell.values()), default={}) for some in rivals)

@@ -17,7 +17,13 @@ from recipes.results import markdown_table, stamp, write_json
 Row = dict[str, Any]
 
 
-def report(rows: list[Row], settings: dict[str, Any], folder: Path, tried: int | None = None) -> None:
+def report(
+    rows: list[Row],
+    settings: dict[str, Any],
+    folder: Path,
+    tried: int | None = None,
+    wanted: dict[str, int] | None = None,
+) -> None:
     """Writes results.json, table.md and the plots into the folder, and prints the table.
 
     Args:
@@ -25,6 +31,7 @@ def report(rows: list[Row], settings: dict[str, Any], folder: Path, tried: int |
         settings: that all of them share.
         folder: where to write.
         tried: see :func:`at_best_rate`.
+        wanted: label -> seeds that it was to have; those without a row count as failed. None: as many as there are.
 
     Raises:
         SpecError: there are no rows.
@@ -33,7 +40,13 @@ def report(rows: list[Row], settings: dict[str, Any], folder: Path, tried: int |
         raise SpecError("every run failed; see the messages above")
     best, rates = at_best_rate(rows, tried)
     by_label = _by_label(best)
-    parts = [table(by_label), unweighed(by_label), part_table(by_label), name_table(by_label), rate_table(rates)]
+    parts = [
+        table(by_label, wanted),
+        unweighed(by_label),
+        part_table(by_label),
+        name_table(by_label),
+        rate_table(rates),
+    ]
     parts += [stage_table(by_label)]
     parts += [over_controls(best), over_references(best)]
     text = "\n\n".join(part for part in [*parts, curve_table(by_label)] if part)
@@ -157,35 +170,43 @@ def stage_table(by_label: dict[str, list[Row]]) -> str:
     return markdown_table(["curriculum", "last stage from step"], lines) if lines else ""
 
 
-def table(by_label: dict[str, list[Row]]) -> str:
-    """One line a contestant: mean [worst, best] over seeds, usage, size, bytes, time."""
+def table(by_label: dict[str, list[Row]], wanted: dict[str, int] | None = None) -> str:
+    """One line a contestant: mean [worst, best] over seeds, usage, size, bytes, time. `wanted`: see :func:`report`."""
     metric = next(iter(by_label.values()))[0]["metric"]
     rated = any("learning_rate" in runs[0]["options"] for runs in by_label.values())
     rate = ["learning rate"] if rated else []
     held = ["state bytes", "KV bytes", "in all", "in pages of 64"]
     header = ["contestant", f"{metric} [min, max]", "seeds", "failed", *rate, "KV usage", "per head, layer by layer"]
     low = _failure(by_label)
-    lines = [_line(label, runs, metric, rated, low) for label, runs in by_label.items()]
-    note = f"\n\nfailed: seeds below {low:.3f}, half of what half of all runs reach" if low is not None else ""
-    return markdown_table([*header, "parameters", *held, "tokens", "s/run"], lines) + note
+    wanted = wanted or {}
+    lines = [_line(label, runs, metric, rated, low, wanted.get(label, 0)) for label, runs in by_label.items()]
+    notes = [f"failed: seeds below {low:.3f}, half of what half of all runs reach"] if low is not None else []
+    lost = {label: seeds - len(by_label.get(label, [])) for label, seeds in wanted.items()}
+    if any(missing > 0 for missing in lost.values()):
+        said = ", ".join(f"{missing} of {label}" for label, missing in lost.items() if missing > 0)
+        notes.append(f"runs that ended in an error, which count as failed and are no part of the means: {said}")
+    return "\n\n".join([markdown_table([*header, "parameters", *held, "tokens", "s/run"], lines), *notes])
 
 
 def _failure(by_label: dict[str, list[Row]]) -> float | None:
     """Below this a run failed to train: half of the median over all runs, where more is better."""
     rows = [run for runs in by_label.values() for run in runs]
-    return median(run[run["metric"]] for run in rows) / 2 if higher_is_better(rows[0]) else None
+    values = [run[run["metric"]] for run in rows if math.isfinite(run[run["metric"]])]
+    return median(values) / 2 if values and higher_is_better(rows[0]) else None
 
 
-def _line(label: str, runs: list[Row], metric: str, rated: bool, low: float | None) -> list[str]:
+def _line(label: str, runs: list[Row], metric: str, rated: bool, low: float | None, seeds: int) -> list[str]:
     values = [run[metric] for run in runs]
+    ended = max(seeds - len(runs), 0)
+    failed = ended + sum(not (math.isfinite(value) and (low is None or value >= low)) for value in values)
     usage = [run["kv_usage"] for run in runs if "kv_usage" in run]
     exact = [run["kv_stored_bytes"] for run in runs if "kv_stored_bytes" in run]  # not in the results of older versions
     weighed = "state_bytes" in runs[0]
     return [
         label,
         f"{mean(values):.3f} [{min(values):.3f}, {max(values):.3f}]",
-        str(len(runs)),
-        "-" if low is None else str(sum(value < low for value in values)),
+        f"{len(runs)} of {seeds}" if ended else str(len(runs)),
+        "-" if low is None and not failed else str(failed),
         *([f"{runs[0]['options']['learning_rate']:g}"] if rated else []),
         f"{mean(usage):.3f}" if usage else "-",
         _split(runs) or "-",

@@ -176,13 +176,29 @@ def higher_is_better(model: SequenceModule, metric: str) -> bool:
     return direction
 
 
-def check_marked(metric: str, data: pl.LightningDataModule) -> None:
-    """Raises SpecError for data, set up for a test, that do not mark what a metric is over: parts, or names."""
+def check_marked(metric: str, data: pl.LightningDataModule, split: str = "test") -> None:
+    """Raises SpecError for data, set up for the split, that do not mark there what a metric is over: parts, or names.
+
+    Args:
+        metric: what is compared.
+        data: to look at.
+        split: `test` or `val`.
+    """
     if (key := MARKED.get(metric)) is None:
         return
     lacks = {PART: "names no parts", NAMES: "marks no names that come back"}[key]
-    if not any(key in batch and (key != NAMES or batch[key].any()) for batch in data.test_dataloader()):
-        raise SpecError(f"{type(data).__name__} {lacks}, so that there is no {metric}")
+    batches = getattr(data, f"{split}_dataloader")()
+    if not any(key in batch and (key != NAMES or batch[key].any()) for batch in batches):
+        raise SpecError(f"the {split} split of {type(data).__name__} {lacks}, so that there is no {metric}")
+
+
+def check_settable(model: SequenceModule, usages: list[float], label: str) -> None:
+    """Sets the KV usages that a model, if it has such, is to be tested at. Raises SpecError where that cannot be."""
+    for usage in usages if next(thresholds_of(model), None) is not None else ():
+        try:
+            set_kv_usage(model, usage)
+        except SpecError as error:
+            raise SpecError(f"{label}, test_usages: {error}") from error
 
 
 def train(run: dict[str, Any], unfinished: Path) -> dict[str, Any]:

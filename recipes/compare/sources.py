@@ -1,4 +1,4 @@
-"""What a run of a comparison depends on beside its settings: texts, and classes that others wrote."""
+"""What a run of a comparison depends on beside its settings: texts, tokenizers, and classes that others wrote."""
 
 import hashlib
 import inspect
@@ -21,7 +21,8 @@ def written_by_others(cells: list[dict[str, Any]], settings: dict[str, Any]) -> 
         cells, settings: of the runs.
 
     Returns:
-        {"sources": {class path or path of a text: digest}}, or nothing: of our own files each row tells the commit.
+        {"sources": {class path, or path of a text or tokenizer: digest}}, or nothing: of our own files each row tells
+        the commit.
     """
     found = {}
     for cls in {DATA_MODULES.get(settings["data"]), *_classes(cells)}:
@@ -29,10 +30,11 @@ def written_by_others(cells: list[dict[str, Any]], settings: dict[str, Any]) -> 
             file = Path(inspect.getsourcefile(cls))
             if not any(file.is_relative_to(folder) for folder in OURS):
                 found[f"{cls.__module__}.{cls.__qualname__}"] = _digest([file])
-    paths = settings["data_options"].get("paths") or []
-    for path in [paths] if isinstance(paths, str) else paths:
-        if files := _files(Path(path)):
-            found[str(path)] = _digest(files)
+    for option in ("paths", "tokenizer"):
+        paths = settings["data_options"].get(option) or []
+        for path in [paths] if isinstance(paths, str) else paths:
+            if files := _files(Path(path)):
+                found[str(path)] = _digest(files)
     return {"sources": dict(sorted(found.items()))} if found else {}
 
 

@@ -12,11 +12,12 @@ import yaml
 from lit_modules.data import DATA
 from lit_modules.data.generated import GeneratedData
 from mixers.registry import SpecError
+from mixers.routers.controls import Random
 from recipes.compare import command as module
 from recipes.compare import run as run_module
 from recipes.compare.command import compare, describe, expand
 from recipes.compare.gains import over_controls, over_references
-from recipes.compare.report import at_best_rate, name_table, part_table, table
+from recipes.compare.report import at_best_rate, name_table, part_table, stage_table, table
 from recipes.compare.run import build, remembered, settings_of, train
 from recipes.task import sized
 
@@ -31,7 +32,8 @@ def tiny_run(mixer, seed=0, **options):
 
 
 def row(label, seed, accuracy, **options):
-    return {"label": label, "seed": seed, "accuracy": accuracy, "metric": "accuracy", "options": options}
+    named = {"label": label, "mixer": options.pop("mixer", "ham"), "seed": seed}
+    return named | {"accuracy": accuracy, "metric": "accuracy", "options": options}
 
 
 def test_lists_of_options_stand_for_all_combinations():
@@ -77,6 +79,25 @@ def test_bytes_of_full_attention_and_of_a_small_budget_are_exact(tmp_path):
     half = train(tiny_run({"name": "ham"} | small, router={"name": "static"}, kv_usage=0.5), tmp_path)
     assert attention["kv_stored_bytes"] == 2 * 16 * 2 * (4 + 4) * 4 < attention["kv_bytes"]
     assert half["kv_stored_bytes"] == half["kv_usage"] * attention["kv_stored_bytes"]
+
+
+def test_blind_choice_is_drawn_anew_with_every_seed():
+    def seeds(router, seed):
+        model, _ = build(tiny_run("ham", seed, router=router, kv_usage=0.5))
+        return {module.seed for module in model.modules() if isinstance(module, Random)}
+
+    assert [seeds("random", 0), seeds("random", 3)] == [{0}, {3}]
+    assert seeds({"name": "static", "begin": "first"}, 3) == {3}
+    assert seeds({"name": "random", "seed": 7}, 3) == {7}
+
+
+def test_a_run_says_when_its_curriculum_went_on(tmp_path):
+    run = tiny_run("gdn")
+    run["data_options"] = run["data_options"] | {"curriculum": [1, 2, 4], "advance_at": 1.0}
+    grown = train(run, tmp_path)
+    assert grown["curriculum"] == [(0, 1), (1, 2), (2, 4)]
+    assert "| gdn        | 2 [2, 2]             |" in stage_table({"gdn": [grown]})
+    assert stage_table({"gdn": [train(tiny_run("gdn"), tmp_path)]}) == ""
 
 
 def test_a_run_repeats_exactly_and_the_seed_changes_it(tmp_path):
@@ -234,6 +255,15 @@ def test_gains_are_over_the_better_of_two_static_controls():
     assert "+0.025 (1 of 2)" in over_controls(rows)
 
 
+def test_gains_are_over_controls_in_the_same_mixers():
+    rows = []
+    for mixer, (chosen, blind) in {"ham": (0.5, 0.4), "gdn,ham": (0.9, 0.8)}.items():
+        for router, accuracy in (("cosine", chosen), ("random", blind)):
+            rows += [row(f"{mixer} {router}", s, accuracy, mixer=mixer, router=router, kv_usage=0.25) for s in range(2)]
+    assert over_controls(rows).count("+0.100 (2 of 2)") == 2
+    assert over_controls(rows[:2] + rows[6:]) == ""  # no control of its own
+
+
 def test_gains_are_over_every_mixer_without_a_router_too():
     rows = [row("ours", s, a, router="residual", kv_usage=0.1) for s, a in enumerate((0.9, 0.5))]
     rows += [row("gdn", s, a) for s, a in enumerate((0.6, 0.7))] + [row("hybrid", 0, 0.4)]
@@ -248,6 +278,20 @@ def test_the_table_counts_the_seeds_that_failed():
     text = table({label: [row(label, s, v) | weighed for s, v in enumerate(some)] for label, some in rows.items()})
     assert [line.split("|")[4].strip() for line in text.splitlines()[2:4]] == ["1", "0"]
     assert "below 0.400" in text and "| 120 " in text
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+def test_runs_that_ended_in_an_error_have_failed(metric):
+    weighed = {"parameters": 1, "state_bytes": 100, "kv_bytes": 300, "tokens": 3, "seconds": 4.0}
+    rows = {
+        label: [row(label, s, v) | weighed | {"metric": metric, metric: v} for s, v in enumerate(values)]
+        for label, values in {"a": (0.5, 0.75), "b": (0.75,), "c": (0.5, math.nan)}.items()
+    }
+    text = table(rows, dict.fromkeys("abcd", 2))
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")] for line in text.splitlines()[2:5]}
+    assert [cells[label][3:5] for label in "bc"] == [["1 of 2", "1"], ["2", "1"]]
+    assert cells["a"][3:5] == ["2", "0" if metric == "accuracy" else "-"]
+    assert text.endswith("no part of the means: 1 of b, 2 of d")
 
 
 def test_the_table_shows_mean_and_range():

@@ -88,6 +88,9 @@ def test_what_a_run_is_made_of(here):
     (here / "a/b.txt").write_text("two")
     two = written_by_others([cell], text)["sources"]
     assert [*one] == [*two] == ["a"] and one != two
+    tokens = {"data": "tokens", "data_options": {"tokenizer": str(here / "own.json")}}
+    (here / "own.json").write_text("{}")
+    assert [*written_by_others([cell], tokens)["sources"]] == [str(here / "own.json")]
     idea = {"mixer": "benchmarks.ideas.aged.Aged", "options": {"router": "benchmarks.ideas.correction.Correction"}}
     found = written_by_others([idea, cell], {"data": "mqar", "data_options": {}})["sources"]
     assert [*found] == ["benchmarks.ideas.aged.Aged", "benchmarks.ideas.correction.Correction"]

@@ -115,7 +115,7 @@ def test_a_mean_over_parts_of_data_without_parts_is_refused_before_training(run,
         "compare --data own_tasks.Counting --metric mean_accuracy --mixers [gdn] --steps 2 --seeds 1 --jobs 1 --out out"
     )
     error = run(f"{line} --model_options.dim 16 --model_options.depth 1").error
-    assert "Counting names no parts, so that there is no mean_accuracy" in error
+    assert "the test split of Counting names no parts, so that there is no mean_accuracy" in error
     assert not (here / "out").exists()
 
 
@@ -132,7 +132,10 @@ def test_names_that_come_back_are_compared_on_bytes_of_text_alone(run, here):
     assert row["higher_is_better"] is False
     shutil.rmtree(here / "out")
     error = run(f"{line} --data {here}/code --data_options.name_distance 256").error
-    assert "TextData marks no names that come back, so that there is no name_bits_per_byte" in error
+    assert "the test split of TextData marks no names that come back, so that there is no name_bits_per_byte" in error
+    rates = "--learning_rates [0.001] --data_options.validation_tokens 40"
+    error = run(f"{line} --data {here}/code {rates}").error
+    assert "the val split of TextData marks no names that come back" in error
     error = run("compare --metric name_bits_per_byte --data mqar --out out").error
     assert "unknown metric 'name_bits_per_byte' of LanguageModel" in error
     assert not (here / "out").exists()

@@ -46,4 +46,9 @@ def test_a_usage_beside_a_fixed_threshold_is_refused(run, here):
     (here / "fixed.yaml").write_text(json.dumps({"contestants": contestants}))
     error = run("compare --contestants fixed.yaml --steps 1 --seeds 1 --out out").error
     assert "a fixed threshold has no KV usage to set, got 0.5; leave kv_usage out" in error
+    contestants = [{"label": "mine", "mixer": {"name": "ham", "threshold": "fixed"}}, {"mixer": "gdn"}]
+    (here / "fixed.yaml").write_text(json.dumps({"contestants": contestants}))
+    error = run("compare --contestants fixed.yaml --steps 1 --seeds 1 --test_usages [0.5] --out out").error
+    assert "mine, test_usages: a fixed threshold has no KV usage to set, got 0.5" in error
+    assert not (here / "out").exists()
     check_usages([{"name": "ham", "threshold": "fixed"}, {"name": "ham", "threshold": "fixed", "kv_usage": 1.0}])
