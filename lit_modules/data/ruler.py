@@ -9,8 +9,9 @@ answers::
     targets   . . .                                              4 8 1 5 1 6 2 .      . is -100: nothing is asked
 
 Ids are bytes, or those of a tokenizer. With bytes, the space before an answer is given, not asked. RULER's score is
-the share of the answers that are found, by task: our `mean_accuracy`, in which an answer counts if all of its tokens
-do. RULER takes 4,096 to 131,072 tokens and 500 samples of each task; some tasks need 1,000 to 5,000 bytes at least.
+the share of the answers that occur in what a model generates, by task. Our `mean_accuracy` stands in for it: the share
+of the answers whose tokens are all right, in the one order, each with the right answers before it. RULER
+takes 4,096 to 131,072 tokens and 500 samples of each task; some tasks need 1,000 to 5,000 bytes at least.
 """
 
 from typing import Any

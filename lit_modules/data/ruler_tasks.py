@@ -15,7 +15,8 @@ An answer counts as found if it is the model's greedy continuation of the prompt
 greedy decoding gives the answer's tokens if and only if, at every position from the prompt's last token to the answer's
 last but one, the argmax is the answer's next token. (By induction: as long as all were right, both have read the same.)
 `recipes.retrofit.scoring` does that. It is stricter than RULER's own score, the share of the answers that occur in the
-text generated (:func:`string_recall`): words around an answer, or another spelling in tokens, count as wrong.
+text generated (:func:`string_recall`): words around an answer, or another spelling in tokens, count as wrong. The share
+of several answers is looser in one way: the right ones before an answer are given.
 """
 
 import random

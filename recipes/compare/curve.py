@@ -11,6 +11,7 @@ from recipes.compare.plot import (
     band,
     choose,
     higher_is_better,
+    kind,
     left_out,
     level,
     metric_name,
@@ -69,7 +70,7 @@ def draw_curves(by_label: dict[str, list[Row]], path: Path) -> None:
         for some in curves[label].values():
             x = mean(point["kv_bytes"] / 2**20 if weighed else point["kv_usage"] for point in some)
             points[x] = [point[metric] for point in some]
-        lines.append(Line(label, "router", points))
+        lines.append(Line(label, kind(runs[0]) if "mixer" in runs[0] else "router", points))  # a sweep has no mixer
     shown = choose(lines, higher_is_better(first))
     left = min(x for line in shown for x in line.x if x != LEVEL)
     figure, axes = new_axes()

@@ -16,6 +16,7 @@ from recipes.pictures import COLOURS, MARKERS, name, new_axes, save
 
 CONTROLS = ("random", "recency", "static")
 MOST = 8
+APART = 2.5  # points between the bars of two lines
 SEEDS = "means; bars from the worst to the best seed"
 LEVEL = -1.0  # the x of what has no usage to set
 
@@ -56,14 +57,15 @@ def draw(by_label: dict[str, list[Row]], path: Path) -> None:
     shown = choose(lines, higher_is_better(first))
     usages = sorted({x for line in shown for x in line.x} - {LEVEL})
     figure, axes = new_axes()
-    starts, alone, shift = [], [], 0.0
+    starts, alone = [], []
+    shift = -APART * (sum(line.x != [LEVEL] for line in shown) - 1) / 2
     for (line, style), marker in zip(styled(shown), MARKERS, strict=False):
         if line.x == [LEVEL]:
             level(axes, line, style)
             starts.append((usages[0], line.y[0], line.name, style["color"]))
         else:
             ranges(axes, line, shift, marker=marker, **style)
-            shift += 3.5
+            shift += APART
             whole = line.x[0] == usages[0]
             named = line.x[0] if whole else line.x[-1], line.y[0] if whole else line.y[-1], line.name, style["color"]
             (starts if whole else alone).append(named)
