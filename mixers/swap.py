@@ -121,8 +121,8 @@ def swap_mixers(
         weights = copy_projections(info, built) if carry_weights else dict.fromkeys("qkvo", "new: as asked")
         biases = weights.pop("biases", "new: as asked" if info.biases else "")
         like = next(module.parameters())
-        built.to(device=like.device, dtype=like.dtype).train(module.training)
-        new = wrapper(built, module)
+        built.to(device=like.device, dtype=like.dtype)
+        new = wrapper(built, module).train(module.training)
         cache = _cache_report(info, built) if reads(new) == InDecoder.reads else ""
         rope = _rope_report(info, built) if "rope_base" in known else ""
         swap = Swap(name, type(module).__name__, weights, biases, reads(new), cache, info.fused, rope)

@@ -47,6 +47,23 @@ def tokens_in(cache: Any, index: int | None) -> int:
     return 0 if index is None or index >= len(layers) else int(layers[index].get_seq_length())
 
 
+def leave_empty(cache: Any, index: int | None) -> None:
+    """Notes that a model in training left its layer of a cache empty, as models make one even to be trained.
+
+    Raises:
+        ValueError: it has been left empty before, and now comes back to be gone on with.
+    """
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:  # the latter: a layer computed again
+        return
+    left = cache.__dict__.setdefault("left_empty", set())
+    if index in left:
+        raise ValueError(
+            "a model in training keeps no cache of what it read, and this one is empty: "
+            "read what goes before in eval(), or under no_grad"
+        )
+    left.add(index)
+
+
 _made: type | None = None
 
 

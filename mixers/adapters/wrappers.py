@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixers.adapters.hf_cache import layer_of, tokens_in
+from mixers.adapters.hf_cache import layer_of, leave_empty, tokens_in
 from mixers.adapters.masks import beginnings, packed, read_mask
 from mixers.base import Mixer, MixerOutput, Routing
 from mixers.registry import DescribesMixers, with_usage
@@ -113,7 +113,9 @@ class InDecoder(Wrapper):
         cache = getattr(cache, "self_attention_cache", cache)  # of an encoder and a decoder
         rows, how = packed(x, real, begins)
         trained = self.training and torch.is_grad_enabled()  # models make a cache even to be trained, an empty one
-        if cache is None or trained and not tokens_in(cache, self.layer_idx):
+        if spared := cache is not None and trained and not tokens_in(cache, self.layer_idx):
+            leave_empty(cache, self.layer_idx)
+        if cache is None or spared:
             return self.note(self.mixer(rows, **how)).reshape(x.shape), None
         layer = layer_of(cache, self.layer_idx, self)
         out = self.mixer(rows, layer.state_for(self.mixer, x, how.get("cu_seqlens")), **how)

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from mixers.adapters.hf_cache import layer_of
+from mixers.adapters.hf_cache import layer_of, leave_empty
 from mixers.adapters.masks import beginnings, packed, read_mask
 from mixers.adapters.wrappers import CACHES, PACKING, arguments_of, refuse
 from mixers.registry import SpecError
@@ -137,6 +137,7 @@ def before_call(module: nn.Module, args: tuple, options: dict[str, Any]) -> None
         if part.training and torch.is_grad_enabled():  # models make a cache even to be trained
             if layer.read:
                 raise ValueError(f"HAM in {type(module).__name__} is not trained on a cache that holds tokens already")
+            leave_empty(cache, module.layer_idx)
             layer = None
     part.call = Call(given[names[0]], layer)
 

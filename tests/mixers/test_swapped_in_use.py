@@ -130,10 +130,23 @@ def test_a_filled_cache_is_read_in_training_too():
     empty = DynamicCache()
     model(x, past_key_values=empty)
     assert empty.get_seq_length() == 0
+    with pytest.raises(ValueError, match="in training keeps no cache of what it read"):
+        model(x, past_key_values=empty)
     with torch.no_grad():
         keys = plain("llama")[0].double()(x, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="its layer 0 holds the keys of an attention layer"):
         model(x, past_key_values=keys)
+
+
+def test_a_model_that_was_put_into_eval_before_the_swap_keeps_its_cache():
+    """As one from a checkpoint is; with gradients, which a loop of one's own may have forgotten to turn off."""
+    model = plain("llama")[0].double().eval()
+    swap_mixers(model, {"name": "ham", "threshold": {"name": "fixed", "tau": 0.05}})
+    assert not any(module.training for module in model.modules())
+    x = tokens(2, 20)
+    cache = model(x[:, :12], use_cache=True).past_key_values
+    assert cache.get_seq_length() == 12
+    assert_close(model(x[:, 12:], past_key_values=cache).logits, model(x).logits[:, 12:], rtol=1e-9, atol=1e-9)
 
 
 def test_another_value_or_direction_is_refused():
