@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from lit_modules.averaging import WeightAverage
@@ -119,6 +119,11 @@ class CalibrateThresholds(pl.Callback):
         if place is not None:
             loader.load_state_dict(place)
         self.done = True
+        if trainer.checkpoint_callbacks and not 0 < trainer.max_steps <= trainer.global_step:
+            rank_zero_warn(
+                "the run ended before its max_steps, and its checkpoints were written before the KV thresholds were "
+                "fitted: `python -m recipes calibrate` fits those of a checkpoint"
+            )
 
 
 class RunSummary(pl.Callback):

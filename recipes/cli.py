@@ -39,7 +39,7 @@ from recipes.matching import matched
 from recipes.messages import one_line, program
 from recipes.results import written_whole
 from recipes.run_folder import RunFolder, mixer_of, run_name
-from recipes.task import sized
+from recipes.task import completed, sized
 from recipes.watchdog import Watchdog
 
 NOISE = (
@@ -160,6 +160,7 @@ class RecipeCLI(LightningCLI):
         if mixer is None and self.given.options:
             raise SpecError(f"{config.model.class_path} has no mixer that could take {', '.join(self.given.options)}")
         whole = with_options(mixer, **self.given.options) if self.given.options else mixer
+        whole = completed(whole, self.given.heads) if whole else whole
         whole = sized(whole, task) if task and whole else whole
         if whole is mixer:
             printed = any(word.startswith("--print_config") for word in args)

@@ -112,6 +112,7 @@ class Flags:
         match, match_to: what is to be equal, and to which mixer's model.
         of_fit: the flags that fit alone takes.
         options: those that every mixer which has them gets.
+        heads: of a size, which mixers get that were not told otherwise.
         rest: all other flags, as long ones, in the user's order.
         classes: the model's and the data's class path, where these flags or their --config files name one.
     """
@@ -125,6 +126,7 @@ class Flags:
     match_to: str | None = None
     of_fit: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
+    heads: dict[str, Any] = field(default_factory=dict)
     rest: list[str] = field(default_factory=list)
     classes: dict[str, str] = field(default_factory=dict)
 
@@ -229,9 +231,11 @@ def parse(args: list[str]) -> Flags:
     if loggers:
         flags.rest += ["--logger", json.dumps(loggers)]
     if flags.size:
-        flags.options = _yaml(sizes()[flags.size].read_text())[HEADS] | flags.options
+        flags.heads = _yaml(sizes()[flags.size].read_text())[HEADS]
         flags.data = flags.data or (None if "data" in named_classes(flags.rest) else "tokens")
     if flags.data and is_path(flags.data):
+        if (paths := setting(flags.rest, "data.paths")) is not None:
+            raise SpecError(f"--data {flags.data} contradicts --data.paths {paths}: leave one of them out")
         flags.data, flags.rest = "text", ["--data.paths", json.dumps([flags.data]), *flags.rest]
     if flags.mixer:
         for name in flags.names():

@@ -50,16 +50,26 @@ def defaults_of(data: str) -> dict[str, Any]:
 
 
 def sized(mixer: Any, data: str) -> Any:
-    """A pattern whose mixers have the options that the data's `defaults` give to mixers.
+    """A pattern whose mixers have the options that the data's `defaults` give to mixers; see :func:`completed`.
+
+    Args:
+        mixer: spec or pattern.
+        data: name or class path of a data module.
+    """
+    return completed(mixer, defaults_of(data).get("mixer", {}))
+
+
+def completed(mixer: Any, defaults: dict[str, Any]) -> Any:
+    """A pattern whose mixers have these options.
 
     Args:
         mixer: spec or pattern. What it says stays; a mixer without such an option goes without.
-        data: name or class path of a data module.
+        defaults: the options.
 
     Returns:
         The pattern as it was if nothing was to be added.
     """
-    defaults, pattern, changed = defaults_of(data).get("mixer", {}), parse_pattern(mixer), False
+    pattern, changed = parse_pattern(mixer), False
     for spec in pattern:
         known = MIXERS.options(spec["name"])
         lacking = {k: v for k, v in defaults.items() if k in known and k not in spec and known[k].default != v}

@@ -7,6 +7,7 @@ from typing import Any
 from lit_modules.data import DATA
 from mixers.registry import SpecError
 
+USUAL = {"seq_len": 512, "batch_tokens": 8192}  # seq_len of checkpoints that do not say theirs
 TEXT, TOKENS = (DATA[name].replace(":", ".") for name in ("text", "tokens"))
 
 
@@ -29,7 +30,8 @@ def calibrate(
         text: file or folder, or a list of such, for a model of bytes; default: what the checkpoint was trained on. A
             folder needs it.
         kv_usage: usage to hold, 0..1; default: as trained.
-        batches: of 8192 bytes, at most; of tokens, as in training; of a folder, of four windows of 2048 tokens or as
+        batches: of 8192 bytes, at most, in pieces as long as in training, as usage depends on the length; of tokens, as
+            in training; of a folder, of four windows of 2048 tokens or as
             many as the model reads.
         allocate: also fit, on four of them, which heads a small budget goes to; takes some minutes for a large model.
         out: file or folder to write; default: beside the checkpoint, `<name>-calibrated.ckpt`, or `<name>-calibrated`.
@@ -58,7 +60,7 @@ def calibrate(
     path = saved.path
     model = saved.language_model(of_bytes=saved.data != TOKENS, kv_usage=kv_usage)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    if next(thresholds_of(model), None) is None:
+    if not any(threshold.follows_usage for threshold in thresholds_of(model)):
         raise SpecError(f"{path}: the model has no KV threshold to calibrate")
     data = _data(saved, text)
     data.setup("fit")
@@ -76,11 +78,14 @@ def calibrate(
     target = Path(out) if out else path.resolve().with_name(f"{path.stem}{CALIBRATED}.ckpt")
     checkpoint = load_whole(path)
     checkpoint["state_dict"] = model.cpu().state_dict()
-    checkpoint["hyper_parameters"]["kv_usage"] = asked
+    if kv_usage is not None:  # layers may have been trained at usages of their own
+        checkpoint["hyper_parameters"]["kv_usage"] = asked
     with written_whole(target) as part:
         torch.save(checkpoint, part)
     after = _usage(model, some)
-    print(f"{path}: KV usage on {len(some)} batches: {before:.3f}, now {after:.3f} for {asked:g}; written to {target}")
+    usages = " and ".join(f"{usage:g}" for usage in dict.fromkeys(t.kv_usage for t in thresholds_of(model)))
+    at = f"{len(some)} batches of pieces of at most {data.seq_len} tokens"
+    print(f"{path}: KV usage on {at}: {before:.3f}, now {after:.3f} for {usages}; written to {target}")
 
 
 def _data(saved: Any, text: list[str] | None) -> Any:
@@ -94,8 +99,8 @@ def _data(saved: Any, text: list[str] | None) -> Any:
     if not text and saved.data not in (None, TEXT):
         raise SpecError(f"{saved.path} was trained on {saved.data}, which is no text: give --text")
     own = saved.recipe.get("data", {}).get("init_args", {})
-    source = {key: own[key] for key in ("paths", "text_field") if key in own} | ({"paths": text} if text else {})
-    return TextData(seq_len=512, batch_tokens=8192, **source)
+    alike = {key: own[key] for key in ("paths", "text_field", "seq_len") if key in own}
+    return TextData(**(USUAL | alike | ({"paths": text} if text else {})))
 
 
 def _calibrate_folder(

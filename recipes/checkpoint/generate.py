@@ -1,5 +1,6 @@
 """Text from a checkpoint, at any KV usage."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -50,7 +51,7 @@ def generate(
         raise SpecError("give either --prompt or --prompt_file")
     check_positive(max_new_tokens=max_new_tokens, prefill=prefill)
     check_range(0, 2**63, seed=seed)
-    content = _read(prompt_file) if prompt_file else prompt.encode()
+    content = _read(prompt_file) if prompt_file else os.fsencode(prompt)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if is_model_folder(ckpt_path):
         opened = open_folder(ckpt_path, kv_usage=kv_usage)

@@ -58,7 +58,7 @@ class Saved:
     @property
     def folder(self) -> Path:
         """Of the run, or of the file where it lies alone."""
-        parent = self.path.parent
+        parent = self.path.absolute().parent
         return parent.parent if parent.name == "checkpoints" else parent
 
     @property

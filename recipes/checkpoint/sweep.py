@@ -78,7 +78,7 @@ def _checkpoint_rows(paths: list[str], usages: list[float], long: int, root: str
         for saved, (model, data, metric) in zip(found, loaded, strict=True):
             points = []
             for usage in usages:
-                bar.set_postfix_str(f"{saved.path.parents[1].name} at {usage:g}")
+                bar.set_postfix_str(f"{saved.folder.name} at {usage:g}")
                 points.append(
                     {"asked": usage}
                     | _test(model, data, usage)
@@ -87,7 +87,7 @@ def _checkpoint_rows(paths: list[str], usages: list[float], long: int, root: str
                 bar.update()
             own = _test(model, data, None)
             options = {"budget": model.hparams.get("budget", "fixed")}
-            label = f"{saved.path.parents[1].name} ({'any budget' if model.budget else 'fixed'})"
+            label = f"{saved.folder.name} ({'any budget' if model.budget else 'fixed'})"
             row = {"label": label, "ckpt_path": str(saved.path), "metric": metric, "options": options, "curve": points}
             rows.append(row | own)
     return rows
@@ -145,7 +145,7 @@ def _load(saved) -> tuple[Any, Any, str]:
     data, model = saved.build_data(), saved.load()
     if next(thresholds_of(model), None) is None:
         raise SpecError(f"{saved.path}: the model has no KV usage to set")
-    model.trained_usage = next(thresholds_of(model)).kv_usage
+    model.trained_usages = [threshold.kv_usage for threshold in thresholds_of(model)]  # layers may have their own
     usual = "bits_per_byte" if saved.hparams.get("vocab_size") == BYTES else "accuracy"
     return model, data, getattr(data, "metric", usual)
 
@@ -154,9 +154,13 @@ def _test(model, data, usage: float | None) -> dict[str, float]:
     """Metrics at a usage, or at that of training."""
     import lightning.pytorch as pl
 
-    from mixers.threshold import set_kv_usage
+    from mixers.threshold import set_kv_usage, thresholds_of
 
-    set_kv_usage(model, model.trained_usage if usage is None else usage)
+    if usage is None:
+        for threshold, trained in zip(thresholds_of(model), model.trained_usages, strict=True):
+            threshold.set_usage(trained)
+    else:
+        set_kv_usage(model, usage)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

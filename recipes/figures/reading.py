@@ -44,7 +44,7 @@ def test_split_of(saved: Saved) -> Iterator[Batch]:
 def read(model: SequenceModule, batches: Iterable[Batch], count: int) -> Iterator[tuple[Batch, list[Routing | None]]]:
     """Batches and what each layer routed, until `count` sequences were read."""
     for batch in batches:
-        yield batch, model.decode({key: value.to(model.device) for key, value in batch.items()}).routing
+        yield batch, model.decode(model.transfer_batch_to_device(batch, model.device, 0)).routing
         count -= len(sequences_in(batch))
         if count <= 0:
             return

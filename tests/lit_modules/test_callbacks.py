@@ -1,4 +1,5 @@
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -53,6 +54,17 @@ class TestCalibrateThresholds:
             make_trainer(max_steps=3, callbacks=callbacks, limit_val_batches=0).fit(make_model(), loader)
             places.append(loader.state_dict()["next"])
         assert places[0] == places[1] > 0
+
+    def test_a_run_that_ends_before_its_last_step_says_what_its_checkpoints_lack(
+        self, make_trainer, make_model, make_mqar
+    ):
+        callbacks = [CalibrateThresholds(batches=1)]
+        options = dict(max_steps=9, max_epochs=1, limit_train_batches=2, enable_checkpointing=True)
+        with pytest.warns(UserWarning, match="checkpoints were written before the KV thresholds were fitted"):
+            make_trainer(**options, callbacks=callbacks).fit(make_model(), make_mqar())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*were fitted")
+            make_trainer(max_steps=2, enable_checkpointing=True, callbacks=callbacks).fit(make_model(), make_mqar())
 
     def test_a_model_without_a_router_is_left_alone(self, tmp_path, make_trainer, make_model):
         (tmp_path / "a.txt").write_text("a line of text\n" * 100)

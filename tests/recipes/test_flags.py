@@ -70,6 +70,8 @@ def test_data_that_is_a_path_is_text(tmp_path, monkeypatch):
         given = parse(["--data.seq_len", "3", "--data", path])
         assert given.task() == "text" and given.args() == ["--data.paths", json.dumps([path]), "--data.seq_len", "3"]
     assert parse(["--data", "mqar"]).task() == "mqar"
+    with pytest.raises(SpecError, match="--data own: texts contradicts --data.paths elsewhere: leave one of them out"):
+        parse(["--data", "own: texts", "--data.paths", "elsewhere"])
 
 
 def test_names():
@@ -152,4 +154,11 @@ def test_a_size_on_other_data_and_with_other_heads(run, here):
     assert config["data"]["class_path"].endswith("TextData") and config["data"]["init_args"]["batch_tokens"] == 32768
     assert config["model"]["init_args"]["mixer"]["num_heads"] == 3
     assert config["trainer"]["strategy"]["class_path"] == "lit_modules.strategies.FSDP2"
+    for own in (
+        "--model.mixer.num_heads 12 --model.mixer.head_dim 64",
+        '--mixer {"name":"ham","num_heads":12,"head_dim":64}',
+    ):
+        config = yaml.safe_load(run(f"fit --recipe ham_150m --data text {own} --print_config").out)
+        mixer = config["model"]["init_args"]["mixer"]
+        assert (mixer["num_heads"], mixer["head_dim"]) == (12, 64)
     assert run("fit --recipe ham_80m").error.startswith("unknown recipe 'ham_80m'; known: ham_150m, ham_400m, ham_800m")
