@@ -207,6 +207,8 @@ class RecipeCLI(LightningCLI):
             saved, asked = flags.mixer_names(self.saved.hparams["mixer"]), self.given.names()
             if asked != saved:
                 raise SpecError(f"{self.saved.path} was trained with mixer {','.join(saved)}, not {','.join(asked)}")
+            if options := self.given.mixer_options():
+                self.saved.check_mixer(options)
 
     def _parse_ckpt_path(self) -> None:
         """Does nothing: parse_arguments has done it, before the flags."""
@@ -242,6 +244,8 @@ class RecipeCLI(LightningCLI):
             raise SpecError("give either --logger or --trainer.logger")
         # Recipes bring a progress bar and checkpoints; a flag that forbids them is enough.
         enabled = {ProgressBar: config["enable_progress_bar"], Checkpoint: config["enable_checkpointing"]}
+        if writes and not self.folder.path and enabled[Checkpoint] is not False:
+            self._make_folder(Path(config["default_root_dir"]))  # without loggers runs have folders, too
         if config["fast_dev_run"]:
             enabled[Checkpoint] = False
         unwanted = tuple(kind for kind, flag in enabled.items() if flag is False)
@@ -275,12 +279,7 @@ class RecipeCLI(LightningCLI):
         for name in names:
             if name != "csv" and find_spec(name) is None:
                 raise SpecError(f"--logger {name} needs a package that is not installed: pip install {name}")
-        model, data = self._get(self.config, "model").init_args, self._get(self.config, "data")
-        data_class = data.class_path if data else "own"
-        mixer = self.given.mixer or (mixer_of(self.saved.folder.name, data_class) if self.saved else "")
-        mixer = mixer or ",".join(dict.fromkeys(flags.mixer_names(model.get("mixer", "own"))))
-        name = run_name(mixer, data_class)
-        self.folder.make(root, name)
+        self._make_folder(root)
         path = self.folder.path
         where = {"save_dir": root, "name": "", "version": path.name}
         kinds = {
@@ -289,6 +288,13 @@ class RecipeCLI(LightningCLI):
             "wandb": lambda: WandbLogger(name=path.name, save_dir=path, id=self.saved and self.saved.wandb),  # goes on
         }
         return [kinds[name]() for name in kinds if name in names]
+
+    def _make_folder(self, root: Path) -> None:
+        model, data = self._get(self.config, "model").init_args, self._get(self.config, "data")
+        data_class = data.class_path if data else "own"
+        mixer = self.given.mixer or (mixer_of(self.saved.folder.name, data_class) if self.saved else "")
+        mixer = mixer or ",".join(dict.fromkeys(flags.mixer_names(model.get("mixer", "own"))))
+        self.folder.make(root, run_name(mixer, data_class))
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         stopped = StopBetweenSteps()

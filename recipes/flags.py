@@ -156,6 +156,10 @@ class Flags:
             return mixer_names(_read(recipes()[self.mixer])["model"]["init_args"]["mixer"])
         return mixer_names(_yaml(self.mixer) if self.mixer[0] in "{[" else self.mixer)
 
+    def mixer_options(self) -> list[dict[str, Any]]:
+        """The specs of a --mixer that has options; empty of names and recipes."""
+        return parse_pattern(_yaml(self.mixer)) if self.mixer[0] in "{[" else []
+
     def _depth_args(self) -> list[str]:
         """A deeper model than the recipes', if the pattern would not fit."""
         depth = self.recipe()["model"].get("init_args", {}).get("depth")

@@ -19,7 +19,7 @@ from lit_modules.base import with_options
 from lit_modules.data import DATA
 from lit_modules.language_model import BYTES, LanguageModel
 from lit_modules.sharded import load_whole
-from mixers.registry import MIXERS, ROUTERS, THRESHOLDS, Registry, SpecError, parse_spec
+from mixers.registry import MIXERS, ROUTERS, THRESHOLDS, Registry, SpecError, parse_pattern, parse_spec
 from mixers.threshold import set_kv_usage
 from recipes.messages import one_line
 from recipes.trust import check_options, trusted
@@ -181,6 +181,14 @@ class Saved:
         if different := _difference(saved, asked):
             key, was, given = different
             raise SpecError(f"{self.path} was trained with {key} {was!r}, not {given!r}; only --kv_usage can change")
+
+    def check_mixer(self, pattern: list[dict[str, Any]]) -> None:
+        """Raises SpecError where the options that these specs give are not those of the mixers that were saved."""
+        saved = parse_pattern(self.hparams["mixer"])
+        pairs = zip(saved, pattern, strict=True)
+        asked = [one | given | {"name": one["name"]} for one, given in pairs]
+        router = {"router": None} if any("router" in spec for spec in pattern) else {}
+        self.check({"class_path": self.model_class, "init_args": self.hparams | router | {"mixer": asked}})
 
 
 def _comparable(hparams: dict[str, Any]) -> dict[str, Any]:

@@ -88,6 +88,23 @@ def test_a_run_that_goes_on_keeps_its_name(run, run_folder):
     assert "no run runs/ham-*" in run("test --ckpt_path last --mixer ham").error
 
 
+def test_a_checkpoint_is_of_the_mixer_that_is_named_with_its_options(run, run_folder):
+    for command in ("test", "fit --steps 7"):
+        line = f"{command} --ckpt_path {run_folder}/checkpoints/last.ckpt --mixer"
+        error = run(f'{line} {{"name":"ham","router":"cosine"}}').error
+        assert "was trained with" in error and "router" in error and "cosine" in error
+    known = '{"name":"ham","router":{"name":"residual","space":"output"}}'
+    assert run(f"test --ckpt_path {run_folder}/checkpoints/last.ckpt --mixer {known}").code == 0
+
+
+def test_runs_without_loggers_have_folders_of_their_own(run, here, tiny):
+    for mixer in ("gdn", "attention"):
+        result = run(f"fit --mixer {mixer} {tiny} --trainer.logger false")
+        assert result.code == 0, result.err
+    assert sorted(path.parts[1] for path in Path("runs").rglob("last.ckpt")) == ["attention-text-1", "gdn-text-1"]
+    assert "tests runs/attention-text-1/checkpoints/last.ckpt" in run("test --ckpt_path last").out
+
+
 def test_what_was_calibrated_is_not_the_last(run, run_folder):
     """It has another usage, which training would go on with; nor does it make an older run the newest."""
     last = run_folder / "checkpoints/last.ckpt"
