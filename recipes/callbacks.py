@@ -144,6 +144,7 @@ class ValidateAtEnd(Callback):
     def __init__(self) -> None:
         self.done = False
         self.resumed_at_the_end = False
+        self.went_on = False
 
     def state_dict(self) -> dict[str, bool]:
         return {"done": self.done}
@@ -154,8 +155,14 @@ class ValidateAtEnd(Callback):
             self.resumed_at_the_end = True
             trainer.fit_loop.epoch_loop.max_steps += 1  # until `on_train_start`, which is not called after all steps
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.ckpt_path and not self.went_on:
+            limits = f"its max_epochs ({trainer.max_epochs}) or max_time"
+            raise SpecError(f"nothing was trained: {trainer.ckpt_path} is at {limits}; give more to go on")
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.done = False
+        self.went_on = self.went_on or self.resumed_at_the_end
         if not self.resumed_at_the_end:
             return
         self.resumed_at_the_end = False
@@ -169,6 +176,7 @@ class ValidateAtEnd(Callback):
         trainer.training = True
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.went_on = True
         if 0 < trainer.max_steps <= trainer.global_step:
             trainer.should_stop = True  # Lightning validates once more before it stops
 

@@ -47,8 +47,7 @@ class RunFolder:
 
     def drop_if_unused(self) -> None:
         """Removes what was made, unless there are checkpoints or metrics in it or, above it, other runs."""
-        kept = ("checkpoints/*", "metrics.csv", "**/events.out.tfevents.*", "wandb/*")
-        if not self._made or any(any(self.path.glob(pattern)) for pattern in kept):
+        if not self._made or any(self.path.glob("checkpoints/*")) or (self.path / "metrics.csv").exists():
             return
         shutil.rmtree(self.path, ignore_errors=True)
         for folder in reversed(self._made):

@@ -96,6 +96,15 @@ def usages_at(run, *asked) -> list[float]:
     return [metrics_in(run(f"test --ckpt_path last --kv_usage {usage}"))["test/kv_usage"] for usage in asked]
 
 
+def test_a_run_that_ended_by_epochs_is_not_gone_on_with_in_vain(run, here, tiny):
+    """By epochs here; by time the same."""
+    assert run(f"fit {tiny} --steps -1 --trainer.max_epochs 1 --trainer.limit_train_batches 2").code == 0
+    again = run("fit --ckpt_path last")
+    assert again.code == 2 and "nothing was trained" in again.err and "is at its max_epochs (1)" in again.err
+    assert sorted(path.name for path in (here / "runs").iterdir()) == ["ham-text-1"]
+    assert run("fit --ckpt_path last --trainer.max_epochs 2").code == 0
+
+
 def test_evaluates_at_any_usage(run, run_folder):
     trained = metrics_in(run("test --ckpt_path last"))["test/kv_usage"]
     nothing, little, same, most, everything = usages_at(run, 0, 0.1, 0.25, 0.6, 1)
