@@ -70,8 +70,9 @@ def draw(by_label: dict[str, list[Row]], path: Path) -> None:
             named = line.x[0] if whole else line.x[-1], line.y[0] if whole else line.y[-1], line.name, style["color"]
             (starts if whole else alone).append(named)
     usage_axis(axes, usages)
-    right = axes.transData.transform((usages[-1], 0))[0] + (90 if alone else 12)
-    axes.set_xlim(usages[0], axes.transData.inverted().transform((right, 0))[0])
+    room = (-15, 90 if alone else 15)  # for bars beside their place, and names
+    ends = [axes.transData.transform((x, 0))[0] + more for x, more in zip((usages[0], usages[-1]), room, strict=True)]
+    axes.set_xlim(*(axes.transData.inverted().transform((end, 0))[0] for end in ends))
     axes.yaxis.tick_right()
     axes.yaxis.set_label_position("right")
     axes.set(xlabel="KV usage (stored tokens / tokens)", ylabel=metric_name(first))
