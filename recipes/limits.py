@@ -17,7 +17,8 @@ def check_limits(config: dict[str, Any]) -> None:
     seed = config.get("seed_everything")
     if isinstance(seed, int) and not 0 <= seed <= LARGEST_SEED:
         raise SpecError(f"seed_everything must be from 0 to {LARGEST_SEED}, got {seed}")
-    trainer = config["trainer"]
+    if (trainer := config["trainer"]) is None:
+        raise SpecError("trainer is null: leave it out for the recipes' own")
     for name, low in AT_LEAST.items():
         if isinstance(trainer.get(name), int | float):
             check_range(low, **{name: trainer[name]})

@@ -60,11 +60,13 @@ def write(saved: "Saved", folder: Path, kv_usage: float | None = None) -> int:
         raise SpecError(f"export needs transformers 5: pip install 'lightning-mixers[hf]' ({error})") from error
     from lit_modules.base import with_options
     from lit_modules.language_model import BYTES
+    from recipes.limits import check_usages
 
     hparams = model.hparams
     usage = hparams.kv_usage if kv_usage is None else kv_usage
     keys = ("vocab_size", "dim", "depth", "mlp_ratio", "tie_embeddings")
     mixer = with_options(hparams.mixer, router=hparams.router, kv_usage=usage)
+    check_usages(mixer)
     ours = MixerForCausalLM(MixerConfig(mixer=mixer, **{key: hparams[key] for key in keys}))
     ours.decoder.load_state_dict(model.decoder.state_dict())
     tokenizer = byte_tokenizer() if hparams.vocab_size == BYTES else None

@@ -20,6 +20,7 @@ FIT = [  # flags, and what the line names
     ("--trainer.accelerator cpu --devices 99999", "devices 99999 on a CPU of"),
     ("--mixer gdn --budget any", "budget 'any'"),
     ("--steps 0", "max_steps"),
+    ("--config null.yaml", "trainer is null"),
     ("--precision foo", "foo"),
     ("--trainer.accumulate_grad_batches 0", "accumulate_grad_batches"),
     ("--trainer.gradient_clip_val -1", "gradient_clip_val"),
@@ -79,6 +80,7 @@ def bad_files(here, monkeypatch, checkpoint):
     monkeypatch.syspath_prepend(here)
     (here / "binary.yaml").write_bytes(bytes(range(128, 256)))
     (here / "number.yaml").write_text("contestants: 5")
+    (here / "null.yaml").write_text("trainer: null")
     (here / "raises.py").write_text("1 / 0")
     (here / "exits.py").write_text("raise SystemExit(3)")
     (here / "json.py").touch()

@@ -40,6 +40,7 @@ def test_layers_keep_usages_of_their_own(run, here, texts):
 def test_a_fixed_threshold_is_not_calibrated(run, here, tiny):
     assert run(f"fit {tiny} --model.mixer.threshold fixed").code == 0
     assert "the model has no KV threshold to calibrate" in run("calibrate --ckpt_path last").error
+    assert "a fixed threshold has no KV usage to set, got 0.1" in run("export --kv_usage 0.1 --out exported").error
     assert not [*here.rglob("*calibrated*")]
 
 
