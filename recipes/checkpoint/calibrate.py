@@ -84,8 +84,8 @@ def calibrate(
         torch.save(checkpoint, part)
     after = _usage(model, some)
     usages = " and ".join(f"{usage:g}" for usage in dict.fromkeys(t.kv_usage for t in thresholds_of(model)))
-    at = f"pieces of at most {data.seq_len} tokens, {len(some)} batches"
-    print(f"{path}: KV usage on {at}: {before:.3f}, now {after:.3f} for {usages}; written to {target}")
+    what = f"{path}, in pieces of at most {data.seq_len} tokens: KV usage on {len(some)} batches"
+    print(f"{what}: {before:.3f}, now {after:.3f} for {usages}; written to {target}")
 
 
 def _data(saved: Any, text: list[str] | None) -> Any:
