@@ -58,6 +58,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any
     except BaseException:
         for threshold, (table, _) in zip(thresholds, before, strict=True):
             threshold.table.copy_(table)
+            threshold.drop_step()
         raise
     finally:
         for threshold, (_, steps) in zip(thresholds, before, strict=True):

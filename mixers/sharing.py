@@ -45,4 +45,5 @@ def share_threshold(model: nn.Module) -> None:
 def _options(part: nn.Module) -> tuple:
     """Class and options; sizes aside, as layers of any number of heads may share a threshold."""
     plain = {name: x for name, x in vars(part).items() if isinstance(x, int | float | str) and name[0] != "_"}
-    return type(part), *((name, plain[name]) for name in sorted(plain.keys() - {"dim", "num_heads", "shared"}))
+    others = {"dim", "num_heads", "shared", "training"}
+    return type(part), *((name, plain[name]) for name in sorted(plain.keys() - others))

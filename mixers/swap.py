@@ -228,7 +228,7 @@ def _note_in_config(model: nn.Module, swap: dict[str, Any]) -> None:
     if not hasattr(shared, "to_dict"):
         return
     config = copy.deepcopy(shared)
-    config.mixer_swaps = [*getattr(config, "mixer_swaps", []), swap]
+    config.mixer_swaps = [*getattr(shared, "mixer_swaps", []), swap]  # those that the wrappers have, no copies
     for module in model.modules():
         if getattr(module, "config", None) is shared:
             module.config = config

@@ -34,7 +34,7 @@ def layer_of(cache: Any, index: int | None, owner: Any) -> Any:
         if "Static" in type(layer).__name__:  # layers beside ours would be given masks of another length
             raise ValueError("a static cache was asked for: what a mixer stores grows; leave cache_implementation out")
         layer = cache.layers[index] = _layer_class()()
-    if layer.owner is None:
+    if layer.owner is None and not layer.read:  # of a model that is gone, what was read is still not ours
         layer.owner = owner
     if layer.owner is not owner:
         raise ValueError(f"the cache is of another model: its layer {index} was filled by another mixer")

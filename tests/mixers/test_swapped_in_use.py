@@ -1,6 +1,7 @@
 """What people do with a swapped model beside plain training: copies, prompts read before, generating half-way, DPO."""
 
 import copy
+import gc
 import warnings
 
 import pytest
@@ -147,6 +148,23 @@ def test_a_model_that_was_put_into_eval_before_the_swap_keeps_its_cache():
     cache = model(x[:, :12], use_cache=True).past_key_values
     assert cache.get_seq_length() == 12
     assert_close(model(x[:, 12:], past_key_values=cache).logits, model(x).logits[:, 12:], rtol=1e-9, atol=1e-9)
+
+
+def test_the_cache_of_a_model_that_is_gone_is_refused():
+    cache = DynamicCache()
+    with torch.no_grad():
+        decoder("llama", HAM, dtype=torch.float32).eval()(tokens(2, 12), past_key_values=cache)
+        gc.collect()
+        with pytest.raises(ValueError, match="the cache is of another model"):
+            decoder("llama", HAM, dtype=torch.float32).eval()(tokens(2, 12), past_key_values=cache)
+
+
+def test_a_usage_set_after_two_swaps_is_noted_of_both():
+    model = plain("llama")[0]
+    swap_mixers(model, HAM, layers=[0])
+    swap_mixers(model, HAM, layers=[0], router="cosine")  # of those that are left
+    set_kv_usage(model, 0.75)
+    assert [swap["mixer"]["kv_usage"] for swap in model.config.mixer_swaps] == [0.75, 0.75]
 
 
 def test_another_value_or_direction_is_refused():
