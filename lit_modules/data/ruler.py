@@ -10,8 +10,8 @@ answers::
 
 Ids are bytes, or those of a tokenizer. With bytes, the space before an answer is given, not asked. RULER's score is
 the share of the answers that occur in what a model generates, by task. Our `mean_accuracy` stands in for it: the share
-of the answers whose tokens are all right, in the one order, each with the right answers before it. RULER
-takes 4,096 to 131,072 tokens and 500 samples of each task; some tasks need 1,000 to 5,000 bytes at least.
+of the answers whose tokens are all right, in the one order, each with the right answers before it. RULER takes
+4,096 to 131,072 tokens and 500 samples of each task; some tasks need 1,000 to 5,000 bytes at least.
 """
 
 from typing import Any

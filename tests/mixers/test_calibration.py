@@ -90,7 +90,7 @@ def test_mistakes_leave_the_tables_as_they_were():
         calibrate(build_mixer("gdn", dim=16, num_heads=2), [])
     model = make()
     calibrate(model, batches(1))
-    before = next(thresholds_of(model)).table.clone()
+    before, tau = next(thresholds_of(model)).table.clone(), next(thresholds_of(model)).tau(False).clone()
 
     def stops(batch):
         model(batch)
@@ -101,3 +101,4 @@ def test_mistakes_leave_the_tables_as_they_were():
             calibrate(model, data, run=run)
         threshold = next(thresholds_of(model))
         assert torch.equal(threshold.table, before) and threshold.steps == 1 and not threshold.averaging
+        assert torch.equal(threshold.tau(False), tau)  # nor are scores left that would count as a step under way

@@ -65,6 +65,12 @@ def test_it_is_treated_as_ham_is():
     assert before == after and not model.training
 
 
+def test_a_layer_in_another_mode_shares_the_threshold_too():
+    layers = nn.ModuleList([Scored(8), Scored(8).eval()])
+    share_threshold(layers)
+    assert layers[0].threshold is layers[1].threshold
+
+
 def test_what_holds_a_threshold_must_say_that_it_routes():
     model = nn.ModuleDict({name: Undeclared(8) for name in "ab"})
     for call in (share_threshold, lambda model: calibrate(model, [torch.zeros(1, 4, 8)])):

@@ -49,7 +49,6 @@ def test_what_is_no_text_is_no_default(run, here):
     fitted = run(f"fit --data ruler --mixer ham --dim 16 --depth 1 --steps 1 {sizes}")
     assert fitted.code == 0, fitted.err
     assert "which is no text: give --text" in run("calibrate --ckpt_path last").error
-    drawn = run(
-        "figures --ckpt_path last --what scores --sequences 2 --out scores.png"
-    )  # batches that name their parts
+    # Its batches name their parts, which are no tensors.
+    drawn = run("figures --ckpt_path last --what scores --sequences 2 --out scores.png")
     assert drawn.code == 0, drawn.err
